@@ -1,0 +1,56 @@
+"""Content fingerprints of weights, cheap enough to check on every call.
+
+Each array is reduced on its device to two integer sums over its bits, one of them weighted by position; integer sums
+do not depend on order or device, so a sharded copy has the same fingerprint. The sums, names, shapes and dtypes are
+then hashed. This detects another model; it is no defence against someone who wants two models to collide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxedit.models.config import ModelConfig
+from jaxedit.models.conversion import flatten
+from jaxedit.models.transformer import Params
+
+
+@jax.jit
+def _sums(x):
+    bits = lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize])
+    bits = bits.astype(jnp.uint32).ravel()
+    place = lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) + jnp.uint32(1)
+    return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (place | 1), dtype=jnp.uint32)
+
+
+@partial(jax.jit, static_argnames="stop")
+def _first(x, stop: int):
+    return x[:stop]
+
+
+def fingerprint(params: Params, config: ModelConfig, stop: int, edited: bool) -> str:
+    """Fingerprint of the embedding and of blocks ``0 … stop - 1``.
+
+    edited: whether the matrices that editing changes count. Without them a model and its edited versions agree,
+    which is what second moments are checked by; with them they differ, which is what caches are keyed by.
+    """
+    digest = hashlib.blake2b(repr((config, stop, edited)).encode(), digest_size=16)
+    for path, x in sorted(flatten({"embed": params["embed"], "blocks": params["blocks"]}).items()):
+        if path == "blocks.down.w" and not edited:
+            continue
+        part = _first(x, stop) if path.startswith("blocks.") else x
+        digest.update(f"{path} {part.shape} {part.dtype}".encode())
+        for total in _sums(part):
+            digest.update(np.asarray(total).tobytes())
+    return digest.hexdigest()
+
+
+def matrix_hash(matrix: np.ndarray) -> str:
+    """Hash of a matrix's values: 16-bit ones as float32, so that a checkpoint loaded wider has the same hash."""
+    values = np.ascontiguousarray(matrix, np.promote_types(matrix.dtype, np.float32))
+    return hashlib.blake2b(values.tobytes() + repr(values.shape).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,238 @@
+"""One decoder for every family, as pure functions over a parameter tree.
+
+A model is a composition of layer functions, so an intervention is function composition: run the layers below,
+change the hidden state, run the layers above. `embed`, `run` and `unembed` are the three pieces; `run` takes any
+stretch of layers. Nothing is hooked or sown: what a caller wants to see inside a layer it asks for with `probe`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxedit.models.config import ModelConfig
+from jaxedit.models.layers import activation, attend, linear, norm, rotary, visible, wide
+
+Params = dict[str, Any]
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model: a static `config`, the weights, and the config.json it came with.
+
+    The functions of this module take ``model.params``, a plain nested dict, because dispatching a jitted call on
+    it is several times cheaper than on the module.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, hf_config: str = "{}"):
+        self.config = config
+        self.hf_config = hf_config
+        self.weights = nnx.data(jax.tree.map(nnx.Param, params))
+
+    @property
+    def params(self) -> Params:
+        """The weights as a nested dict of arrays (no copy)."""
+        return jax.tree.map(lambda p: p[...], self.weights, is_leaf=lambda p: isinstance(p, nnx.Param))
+
+    @property
+    def dtype(self):
+        return self.weights["embed"]["tokens"].dtype
+
+    def with_params(self, params: Params) -> Decoder:
+        """The same architecture with other weights; this model stays as it is."""
+        return Decoder(self.config, params, self.hf_config)
+
+    def __call__(self, tokens, mask=None):
+        return logits(self, tokens, mask)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where each token stands: `positions` and `segments`, int32 ``[b, s]``.
+
+    Tokens see earlier tokens of their own segment. Segment 0 is padding; documents packed into one row have
+    segments 1, 2, … and positions that start again.
+    """
+
+    positions: jax.Array
+    segments: jax.Array
+
+    @classmethod
+    def of_mask(cls, mask) -> Context:
+        """Right- or left-padded rows: `mask` is 1 at real tokens. Positions count real tokens from 0."""
+        mask = jnp.asarray(mask, jnp.int32)
+        return cls(jnp.maximum(jnp.cumsum(mask, -1) - 1, 0), mask)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """Keys and values of earlier tokens, ``[layers, b, t, n_kv_head, head_dim]``, for the layers that will run."""
+
+    k: jax.Array
+    v: jax.Array
+    context: Context
+
+
+class Inside(NamedTuple):
+    """What `probe` may look at in one layer: block output, MLP key, and attention keys and values."""
+
+    h: jax.Array
+    key: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+def embed(params: Params, config: ModelConfig, tokens, context: Context):
+    """Tokens ``[b, s]`` to hidden states ``[b, s, d_model]`` that enter layer 0."""
+    h = params["embed"]["tokens"][tokens]
+    if config.embed_scale != 1.0:
+        h = h * jnp.asarray(config.embed_scale, h.dtype)
+    if config.learned_positions:
+        h = h + params["embed"]["positions"][context.positions]
+    return h
+
+
+def layer(params: Params, index) -> Params:
+    """The parameters of one block. `index` may be traced."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), params["blocks"])
+
+
+def to_key(p: Params, config: ModelConfig, h, context: Context, window=None, past=None):
+    """The first half of a block, up to the input of the MLP's second projection.
+
+    h ``[b, s, d_model]``; past: None or (k, v, Context) of this layer. Returns ``(stream, key, k, v)``: what the
+    MLP's output will be added to, the key ``[b, s, d_ff]``, and this layer's attention keys and values.
+    """
+    b, s, _ = h.shape
+    x = norm(h, p["attn_norm"], config)
+    q = linear(x, p["q"]).reshape(b, s, config.n_head, config.head_dim)
+    k = linear(x, p["k"]).reshape(b, s, config.n_kv_head, config.head_dim)
+    v = linear(x, p["v"]).reshape(b, s, config.n_kv_head, config.head_dim)
+    if config.qk_norm:
+        q, k = norm(q, p["q_norm"], config), norm(k, p["k_norm"], config)
+    if config.rope is not None:
+        q, k = rotary(q, context.positions, config.rope), rotary(k, context.positions, config.rope)
+    at, seg = context.positions, context.segments
+    if past is not None:
+        past_k, past_v, there = past
+        past = (past_k, past_v, visible(at, seg, there.positions, there.segments, window))
+    attended = linear(attend(q, k, v, visible(at, seg, at, seg, window), config, past), p["o"])
+    if config.post_norms:
+        attended = norm(attended, p["attn_post_norm"], config)
+    stream = h + attended
+    if config.parallel == "none":
+        x = norm(stream, p["mlp_norm"], config)
+    elif config.parallel == "separate":
+        x = norm(h, p["mlp_norm"], config)
+    key = activation(linear(x, p["gate" if config.gated else "up"]), config.act)
+    if config.gated:
+        key = key * linear(x, p["up"])
+    return stream, key, k, v
+
+
+def from_key(p: Params, config: ModelConfig, stream, key):
+    """The second half of a block: ``stream + MLP output``."""
+    out = linear(key, p["down"])
+    if config.post_norms:
+        out = norm(out, p["mlp_post_norm"], config)
+    return stream + out
+
+
+def window_of(config: ModelConfig, index):
+    """The attention window of layer `index` (traced or not); None where no layer has one."""
+    if not any(config.windows):
+        return None
+    return jnp.asarray(config.windows, jnp.int32)[index]
+
+
+def run(
+    params: Params,
+    config: ModelConfig,
+    h,
+    context: Context,
+    start: int,
+    stop: int,
+    *,
+    past: Past | None = None,
+    probe: Callable[[Inside], Any] | None = None,
+    remat: bool = False,
+) -> Any:
+    """Run layers ``start … stop - 1`` on ``h [b, s, d_model]``.
+
+    past: attention keys and values of earlier tokens in exactly these layers.
+    probe: called once a layer; what it returns comes back stacked on a leading layer axis.
+    remat: keep only the results of matrix products for the backward pass and recompute the rest, which is less
+        memory and, because weights are not copied into the scan's residuals, also faster.
+    Returns ``(h, probes)``, or just ``h`` without a probe.
+    """
+
+    def block(h, index):
+        p = layer(params, index)
+        here = None
+        if past is not None:
+            pick = partial(lax.dynamic_index_in_dim, index=index - start, keepdims=False)
+            here = (pick(past.k), pick(past.v), past.context)
+        stream, key, k, v = to_key(p, config, h, context, window_of(config, index), here)
+        h = from_key(p, config, stream, key)
+        return h, None if probe is None else probe(Inside(h, key, k, v))
+
+    if remat:
+        block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_saveable)
+    h, seen = lax.scan(block, h, jnp.arange(start, stop))
+    return h if probe is None else (h, seen)
+
+
+def unembed(params: Params, config: ModelConfig, h):
+    """Hidden states ``[…, d_model]`` after the last layer to logits ``[…, vocab]`` in float32 (float64)."""
+    dtype = wide(h.dtype)
+    x = norm(h, params["final_norm"], config)
+    w = params["embed"]["tokens"] if config.tied else params["unembed"]["w"]
+    y = jnp.einsum("...d,vd->...v", x, w.astype(x.dtype), preferred_element_type=dtype)
+    if config.unembed_bias:
+        y = y + params["unembed"]["b"].astype(dtype)
+    if config.final_softcap is not None:
+        y = config.final_softcap * jnp.tanh(y / config.final_softcap)
+    return y
+
+
+@partial(jax.jit, static_argnames=("config", "hidden"))
+def _forward(params, config: ModelConfig, tokens, context: Context, hidden: bool):
+    h0 = embed(params, config, tokens, context)
+    if not hidden:
+        return unembed(params, config, run(params, config, h0, context, 0, config.n_layer))
+    h, seen = run(params, config, h0, context, 0, config.n_layer, probe=lambda inside: inside.h)
+    states = jnp.concatenate([h0[None], seen[:-1], norm(h, params["final_norm"], config)[None]])
+    return unembed(params, config, h), states
+
+
+def logits(model: Decoder, tokens, mask=None):
+    """Next-token logits ``[b, s, vocab]``, float32 (float64 for a float64 model).
+
+    tokens: int ``[b, s]``; mask: 1 at real tokens, by default everywhere. Rows may be padded on either side; what
+    stands at padded positions means nothing.
+    """
+    return _forward(model.params, model.config, *_checked(model, tokens, mask), False)
+
+
+def hidden_states(model: Decoder, tokens, mask=None):
+    """``(logits, states)``; states ``[n_layer + 1, b, s, d_model]``: the embedding, every block output but the
+    last, and the last one after the final norm (the order in which transformers returns them)."""
+    return _forward(model.params, model.config, *_checked(model, tokens, mask), True)
+
+
+def _checked(model: Decoder, tokens, mask):
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must have shape [batch, length], got {tokens.shape}")
+    if tokens.shape[1] > model.config.max_positions:
+        raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of {model.config.max_positions} positions")
+    mask = jnp.ones_like(tokens) if mask is None else jnp.asarray(mask)
+    return tokens, Context.of_mask(mask)
