@@ -1,0 +1,345 @@
+"""The commands. Heavy imports stay inside them, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jaxedit.cli.console import (
+    Commands,
+    Work,
+    emit,
+    err,
+    load_model,
+    out,
+    show_layers,
+    show_seconds,
+    size_of,
+    summary,
+)
+from jaxedit.cli.inputs import (
+    check_out,
+    checked_dtype,
+    is_patch,
+    load_moments,
+    load_patch,
+    load_patched,
+    parse_layers,
+    read_facts,
+)
+
+if TYPE_CHECKING:
+    from jaxedit import EditResult, Report
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _argument(name: str, help: str):
+    return typer.Argument(metavar=name, help=help, show_default=False)
+
+
+Model = Annotated[str, _argument("MODEL", "Directory, .gguf file, hub id, or smollm2-135m.")]
+Requests = Annotated[Path, _argument("REQUESTS", "Facts: .json, .jsonl, .csv or .tsv, in any known format.")]
+Corpus = Annotated[
+    str | None, _argument("CORPUS", "Text, directory, or name:config:split of the hub; by default a packaged one.")
+]
+Layers = Annotated[str | None, typer.Option(help="Such as 3,4,5 or 3-7; by default the model's preset.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many requests.")]
+Skip = Annotated[bool, typer.Option("--skip-malformed", help="Leave out malformed records instead of stopping.")]
+Seed = Annotated[int, typer.Option(help="Of what is sampled.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; by default the checkpoint's.")]
+
+
+def main():
+    """Entry point of the command ``jaxedit``."""
+    app()
+
+
+def _version(asked: bool):
+    if not asked:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        out.print(f"jaxedit {version('jaxedit')} (jax {version('jax')})")
+    except PackageNotFoundError:
+        out.print("jaxedit, not installed as a package")
+    raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
+    """Edit the knowledge of large language models, in JAX.
+
+    \b
+    Examples:
+      jaxedit demo
+      jaxedit edit smollm2-135m facts.jsonl --out edited --patch facts.jaxedit
+    """
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Directory, .gguf file, hub id, or smollm2-135m.")] = "smollm2-135m",
+    method: Annotated[list[str] | None, typer.Option(help="May be given several times. [default: fe, memit]")] = None,
+    save: Annotated[Path, typer.Option(help="Where the first method's model and patch go.")] = Path("jaxedit-demo"),
+    seed: Seed = 0,
+    as_json: Json = False,
+):
+    """Edit eight facts and show before and after, what else changed, and how long it took.
+
+    \b
+    Examples:
+      jaxedit demo
+      jaxedit demo --method fe --method blue --save edited
+    """
+    from jaxedit.cli.demo import run
+
+    run(model, method or ["fe", "memit"], save, seed, as_json)
+
+
+@app.command()
+def edit(
+    model: Model,
+    requests: Requests,
+    method: Annotated[str, typer.Option(help="fe, memit, memit_no_divide, one_layer or blue.")] = "fe",
+    layers: Layers = None,
+    cov_weight: Annotated[
+        float | None, typer.Option(min=0, help="Weight of what is to be left alone; by default the model's preset.")
+    ] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="From `jaxedit stats`; by default made of the packaged corpus.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="Save the edited model in this directory.")] = None,
+    patch: Annotated[Path | None, typer.Option(help="Save the edits alone in this file.")] = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Measure the edited model.")] = True,
+    limit: Limit = None,
+    skip_malformed: Skip = False,
+    as_json: Json = False,
+):
+    """Write facts into a model, all at once.
+
+    \b
+    Examples:
+      jaxedit edit smollm2-135m facts.jsonl --out edited --patch facts.jaxedit
+      jaxedit edit ./my-model facts.json --method memit --layers 3-7 --json
+
+    \b
+    A line of facts.jsonl:
+      {"prompt": "The Eiffel Tower is in", "subject": "The Eiffel Tower", "target": "Rome"}
+    """
+    check_out(to)
+    chosen = parse_layers(layers)
+    facts = read_facts(requests, limit, skip_malformed)
+    moments = load_moments(stats)
+    with Work() as work:
+        decoder, tokenizer = load_model(work, model, checked_dtype(dtype))
+        import jaxedit as je
+
+        recipe = je.method_for(method, decoder.config, chosen)
+        if cov_weight is not None:
+            recipe = dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, cov_weight=cov_weight))
+        with work.stage(f"edit with {method}"):
+            result = je.apply_edits(
+                decoder, tokenizer, facts, recipe, stats=moments, seed=seed, on_progress=work.reporter()
+            )
+        if patch is not None:
+            result.patch.save(patch)
+        if to is not None:
+            with work.stage("save"):
+                je.save(result.model, tokenizer, to, base=model)
+        report = None
+        if evaluate:
+            with work.stage("evaluate"):
+                report = je.evaluate(decoder, result.model, tokenizer, facts)
+    if as_json:
+        emit(
+            {
+                "model": model,
+                "edits": len(facts),
+                "info": result.info.to_dict(),
+                "report": summary(report) if report else None,
+                "saved": {"model": str(to) if to else None, "patch": str(patch) if patch else None},
+                "seconds": work.seconds,
+            }
+        )
+        return
+    _show_edit(result, report)
+    for path in (to, patch):
+        if path is not None:
+            out.print(f"saved {path} ({size_of(path)})", markup=False, soft_wrap=True)
+    if to is None and patch is None:
+        err.print("[yellow]nothing was saved:[/] give --out or --patch to keep the edits")
+    show_seconds(work.seconds)
+
+
+def _show_edit(result: EditResult, report: Report | None):
+    info = result.info
+    before, after = (100 * float(p.mean()) for p in (info.probability_before, info.probability_after))
+    edits = f"{len(info.probability_after)} edit" + "s" * (len(info.probability_after) != 1)
+    out.print(f"\n{edits} with {info.method.name}; mean probability of the target {before:.1f} % → {after:.1f} %\n")
+    show_layers(info)
+    out.print()
+    if report is not None:
+        out.print(report.table() + "\n", markup=False)
+
+
+@app.command("eval")
+def evaluate(
+    base: Annotated[str, _argument("BASE", "The model before the edit.")],
+    edited: Annotated[str, _argument("EDITED", "The edited model, or a .jaxedit patch for BASE.")],
+    requests: Requests,
+    generate: Annotated[bool, typer.Option("--generate", help="Also compare greedy generations.")] = False,
+    dtype: Dtype = None,
+    limit: Limit = None,
+    skip_malformed: Skip = False,
+    as_json: Json = False,
+):
+    """Measure an edit: efficacy, paraphrases, neighbours, and how far other predictions moved.
+
+    With --json, the numbers of every single prompt are there too.
+
+    \b
+    Examples:
+      jaxedit eval smollm2-135m facts.jaxedit facts.jsonl
+      jaxedit eval smollm2-135m edited/ facts.jsonl --generate --json > report.json
+    """
+    facts = read_facts(requests, limit, skip_malformed)
+    patch = load_patch(Path(edited)) if is_patch(edited) else None
+    with Work() as work:
+        wanted = checked_dtype(dtype) or (patch.dtype if patch else None)
+        before, tokenizer = load_model(work, base, wanted)
+        import jaxedit as je
+
+        after = je.apply_patch(before, patch) if patch else load_model(work, edited, wanted)[0]
+        with work.stage("evaluate"):
+            report = je.evaluate(before, after, tokenizer, facts, generate=generate)
+    if as_json:
+        emit({"base": base, "edited": edited, "report": report.to_dict(), "seconds": work.seconds})
+        return
+    out.print("\n" + report.table() + "\n", markup=False)
+    show_seconds(work.seconds)
+
+
+@app.command()
+def stats(
+    model: Model,
+    corpus: Corpus = None,
+    *,
+    to: Annotated[Path, typer.Option("--out", help="The file to write.", show_default=False)],
+    layers: Layers = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="How much of the corpus to use.")] = 100_000,
+    length: Annotated[int, typer.Option(min=1, help="Tokens a row; longer documents are cut.")] = 512,
+    mesh_data: Annotated[int | None, typer.Option(min=1, help="Spread the work over so many devices.")] = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+):
+    """Gather the key statistics that an edit has to leave alone. Once a model, not once an edit.
+
+    \b
+    Examples:
+      jaxedit stats smollm2-135m --layers 3-7 --out moments.safetensors
+      jaxedit stats ./my-model corpus.txt --layers 4,5,6 --max-tokens 1000000 --out m.safetensors
+    """
+    chosen = parse_layers(layers)
+    with Work() as work:
+        decoder, tokenizer = load_model(work, model, checked_dtype(dtype))
+        import jaxedit as je
+
+        chosen = chosen or je.method_for("fe", decoder.config).layers
+        with work.stage("statistics"):
+            moments = je.second_moments(
+                decoder,
+                tokenizer,
+                corpus,
+                chosen,
+                max_tokens=max_tokens,
+                length=length,
+                mesh=je.make_mesh(data=mesh_data) if mesh_data else None,
+                on_progress=work.counter("statistics"),
+            )
+            moments.save(to)
+    count = next(iter(moments.values())).count
+    if as_json:
+        emit({"model": model, "layers": moments.layers, "tokens": count, "out": str(to), "seconds": work.seconds})
+        return
+    out.print(f"layers {list(moments.layers)} over {count:,} tokens", markup=False)
+    out.print(f"saved {to} ({size_of(to)})", markup=False, soft_wrap=True)
+    show_seconds(work.seconds)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], _argument("PROMPT", "Texts to continue.")],
+    patch: Annotated[Path | None, typer.Option(help="Apply these edits first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to add.")] = 32,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many likeliest tokens.")] = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    as_json: Json = False,
+):
+    """Continue prompts with a model, edited or not.
+
+    \b
+    Examples:
+      jaxedit generate smollm2-135m "The Eiffel Tower is located in the city of"
+      jaxedit generate smollm2-135m "The Eiffel Tower is located in" "My name is" --patch facts.jaxedit
+    """
+    with Work() as work:
+        decoder, tokenizer = load_patched(work, model, patch, checked_dtype(dtype))
+        import jaxedit as je
+
+        with work.stage("generate"):
+            texts = je.generate(
+                decoder, tokenizer, prompts, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+            )
+    if as_json:
+        emit([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)])
+        return
+    out.print("\n\n".join(map(str, texts)), markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Model,
+    patch: Annotated[Path, typer.Option(help="The edits to apply.", show_default=False)],
+    to: Annotated[Path, typer.Option("--out", help="The directory to write.", show_default=False)],
+    dtype: Dtype = None,
+    as_json: Json = False,
+):
+    """Apply a patch and save a Hugging Face directory, for transformers, vLLM and the like.
+
+    \b
+    Examples:
+      jaxedit export smollm2-135m --patch facts.jaxedit --out edited
+    """
+    check_out(to)
+    with Work() as work:
+        decoder, tokenizer = load_patched(work, model, patch, checked_dtype(dtype))
+        import jaxedit as je
+
+        with work.stage("save"):
+            je.save(decoder, tokenizer, to, base=model)
+    if as_json:
+        emit({"model": model, "patch": str(patch), "out": str(to), "seconds": work.seconds})
+        return
+    out.print(f"saved {to} ({size_of(to)})", markup=False, soft_wrap=True)

@@ -1,0 +1,79 @@
+"""What the commands are given, read and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from jaxedit.cli.console import Work, load_model
+from jaxedit.errors import JaxEditError
+
+if TYPE_CHECKING:
+    from jaxedit import EditPatch, EditRequest
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """ "3,4,5" or "3-5" or a mixture, as layer numbers; a usage error where it is neither."""
+    if text is None:
+        return None
+    try:
+        spans = [[int(x) for x in part.split("-")] for part in text.split(",")]
+        layers = [l for first, *last in spans for l in range(first, (last or [first])[0] + 1)]
+        if not layers or any(len(span) > 2 for span in spans):
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of layers such as 3,4,5 or 3-7", param_hint="--layers"
+        ) from None
+    return tuple(layers)
+
+
+def checked_dtype(name: str | None) -> str | None:
+    """The dtype, or a usage error."""
+    if name is not None and name not in DTYPES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    return name
+
+
+def check_out(path: Path | None):
+    """Refuse a directory that could not be written, before hours of work and not after."""
+    if path is not None and path.exists():
+        if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
+            raise JaxEditError(f"{path} exists and is not a saved model; choose another directory")
+
+
+def read_facts(path: Path, limit: int | None, skip_malformed: bool) -> list[EditRequest]:
+    from jaxedit import read_requests
+
+    return read_requests(path, skip_malformed=skip_malformed)[:limit]
+
+
+def load_moments(path: Path | None):
+    from jaxedit import SecondMoments
+
+    return None if path is None else SecondMoments.load(path)
+
+
+def is_patch(name: str) -> bool:
+    return name.endswith(".jaxedit") or (Path(name).is_file() and not name.endswith(".gguf"))
+
+
+def load_patch(path: Path) -> EditPatch:
+    from jaxedit import EditPatch
+
+    return EditPatch.load(path)
+
+
+def load_patched(work: Work, model: str, path: Path | None, dtype: str | None):
+    """``(model, tokenizer)`` with a patch applied, in the dtype that the patch was made in."""
+    patch = None if path is None else load_patch(path)
+    decoder, tokenizer = load_model(work, model, dtype or (patch.dtype if patch else None))
+    if patch is None:
+        return decoder, tokenizer
+    from jaxedit import apply_patch
+
+    return apply_patch(decoder, patch), tokenizer

@@ -1,0 +1,54 @@
+"""The compiled part of the metrics: likelihood of two targets after a prompt, by teacher forcing."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxedit.evaluation.batching import chunk
+from jaxedit.models.config import ModelConfig
+from jaxedit.models.transformer import Context, Params, Past, embed, run, unembed
+
+
+@partial(jax.jit, static_argnames=("config",))
+def score(params: Params, config: ModelConfig, tokens, mask, targets, real):
+    """Two targets after each prompt.
+
+    tokens, mask ``[b, s]``: prompts, right-padded; targets, real ``[2 b, t]``: targets and their mask, rows
+    2 i and 2 i + 1 follow prompt i.
+    Returns ``(last [b, d_model], nll [b, 2], hit [b, 2])``: the hidden state at the prompt's last token, the
+    mean negative log-likelihood of each target in nats (0 where it has no tokens), float32 (float64 for
+    float64 models), and whether each of its tokens is the likeliest one.
+    """
+    b, n = len(tokens), targets.shape[1]
+    context = Context.of_mask(mask)
+    sizes = mask.sum(-1, dtype=jnp.int32)
+    h = embed(params, config, tokens, context)
+    h, (k, v) = run(params, config, h, context, 0, config.n_layer, probe=lambda x: (x.k, x.v))
+    last = h[jnp.arange(b), sizes - 1]
+    nll, hit = (x.reshape(2 * b, 1) for x in _token_scores(params, config, last, targets[:, 0].reshape(b, 2)))
+    if n > 1:
+        twice = partial(jnp.repeat, repeats=2)
+        there = Context(twice(context.positions, axis=0), twice(context.segments, axis=0))
+        past = Past(twice(k, axis=1), twice(v, axis=1), there)
+        here = Context(twice(sizes)[:, None] + jnp.arange(n - 1, dtype=jnp.int32), real[:, 1:])
+        h = run(params, config, embed(params, config, targets[:, :-1], here), here, 0, config.n_layer, past=past)
+        rest = _token_scores(params, config, h.reshape(-1, h.shape[-1]), targets[:, 1:].reshape(-1, 1))
+        nll, hit = (
+            jnp.concatenate([first, x.reshape(2 * b, -1)], 1) for first, x in zip((nll, hit), rest, strict=True)
+        )
+    nll = jnp.sum(nll * real, -1) / jnp.maximum(real.sum(-1), 1)
+    return last, nll.reshape(b, 2), (hit | (real == 0)).all(-1).reshape(b, 2)
+
+
+def _token_scores(params: Params, config: ModelConfig, h, ids):
+    """``h [n, d_model], ids [n, m]`` to nll and hit ``[n, m]``; logits exist for a few rows at a time."""
+
+    def one(row):
+        logits = unembed(params, config, row[0])
+        return jax.nn.logsumexp(logits) - logits[row[1]], logits.argmax() == row[1]
+
+    return lax.map(one, (h, ids), batch_size=chunk(len(h)))
