@@ -1,5 +1,6 @@
 """The command line: the only place of jaxedit that prints. Entry point: `main`."""
 
-from jaxedit.cli.commands import app, main
+import jaxedit.cli.commands  # noqa: F401  (adds the subcommands)
+from jaxedit.cli.app import app, main
 
 __all__ = ["app", "main"]

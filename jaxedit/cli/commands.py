@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jaxedit.cli.app import app
 from jaxedit.cli.console import (
-    Commands,
     Work,
     emit,
     err,
@@ -30,67 +30,26 @@ from jaxedit.cli.inputs import (
     parse_layers,
     read_facts,
 )
+from jaxedit.cli.options import (
+    Coordinator,
+    Corpus,
+    Devices,
+    Dtype,
+    Json,
+    Layers,
+    Limit,
+    MeshSizes,
+    Model,
+    Processes,
+    ProcessId,
+    Requests,
+    Seed,
+    Skip,
+    argument,
+)
 
 if TYPE_CHECKING:
     from jaxedit import EditResult, Report
-
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _argument(name: str, help: str):
-    return typer.Argument(metavar=name, help=help, show_default=False)
-
-
-Model = Annotated[str, _argument("MODEL", "Directory, .gguf file, hub id, or smollm2-135m.")]
-Requests = Annotated[Path, _argument("REQUESTS", "Facts: .json, .jsonl, .csv or .tsv, in any known format.")]
-Corpus = Annotated[
-    str | None, _argument("CORPUS", "Text, directory, or name:config:split of the hub; by default a packaged one.")
-]
-Layers = Annotated[str | None, typer.Option(help="Such as 3,4,5 or 3-7; by default the model's preset.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many requests.")]
-Skip = Annotated[bool, typer.Option("--skip-malformed", help="Leave out malformed records instead of stopping.")]
-Seed = Annotated[int, typer.Option(help="Of what is sampled.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; by default the checkpoint's.")]
-
-
-def main():
-    """Entry point of the command ``jaxedit``."""
-    app()
-
-
-def _version(asked: bool):
-    if not asked:
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        out.print(f"jaxedit {version('jaxedit')} (jax {version('jax')})")
-    except PackageNotFoundError:
-        out.print("jaxedit, not installed as a package")
-    raise typer.Exit()
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-):
-    """Edit the knowledge of large language models, in JAX.
-
-    \b
-    Examples:
-      jaxedit demo
-      jaxedit edit smollm2-135m facts.jsonl --out edited --patch facts.jaxedit
-    """
 
 
 @app.command()
@@ -127,6 +86,13 @@ def edit(
     ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Save the edited model in this directory.")] = None,
     patch: Annotated[Path | None, typer.Option(help="Save the edits alone in this file.")] = None,
+    checkpoint: Annotated[
+        bool, typer.Option(help="Keep finished anchors in the cache, so that a killed run goes on where it was.")
+    ] = True,
+    mesh: MeshSizes = None,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process_id: ProcessId = None,
     dtype: Dtype = None,
     seed: Seed = 0,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Measure the edited model.")] = True,
@@ -140,6 +106,7 @@ def edit(
     Examples:
       jaxedit edit smollm2-135m facts.jsonl --out edited --patch facts.jaxedit
       jaxedit edit ./my-model facts.json --method memit --layers 3-7 --json
+      jaxedit edit ./my-model facts.json --mesh data=4,model=2 --coordinator host0:1234 --processes 2 --process-id 0
 
     \b
     A line of facts.jsonl:
@@ -147,28 +114,39 @@ def edit(
     """
     check_out(to)
     chosen = parse_layers(layers)
+    devices = Devices.of(mesh, coordinator, processes, process_id)
     facts = read_facts(requests, limit, skip_malformed)
     moments = load_moments(stats)
-    with Work() as work:
-        decoder, tokenizer = load_model(work, model, checked_dtype(dtype))
+    placed = devices.join(checked_dtype(dtype))
+    with Work(devices.process_id == 0) as work:
+        decoder, tokenizer = load_model(work, model, dtype, placed)
         import jaxedit as je
+        from jaxedit.cache import cache_dir
+        from jaxedit.distributed import is_first, meet
 
         recipe = je.method_for(method, decoder.config, chosen)
         if cov_weight is not None:
             recipe = dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, cov_weight=cov_weight))
         with work.stage(f"edit with {method}"):
             result = je.apply_edits(
-                decoder, tokenizer, facts, recipe, stats=moments, seed=seed, on_progress=work.reporter()
+                *(decoder, tokenizer, facts, recipe),
+                stats=moments,
+                seed=seed,
+                anchor_cache=cache_dir() / "anchors" if checkpoint else None,
+                on_progress=work.reporter(),
             )
-        if patch is not None:
+        if patch is not None and is_first():
             result.patch.save(patch)
-        if to is not None:
+        if to is not None and is_first():
             with work.stage("save"):
                 je.save(result.model, tokenizer, to, base=model)
         report = None
-        if evaluate:
+        if evaluate and is_first():
             with work.stage("evaluate"):
                 report = je.evaluate(decoder, result.model, tokenizer, facts)
+        meet("end")
+    if not is_first():
+        return
     if as_json:
         emit(
             {
@@ -203,10 +181,14 @@ def _show_edit(result: EditResult, report: Report | None):
 
 @app.command("eval")
 def evaluate(
-    base: Annotated[str, _argument("BASE", "The model before the edit.")],
-    edited: Annotated[str, _argument("EDITED", "The edited model, or a .jaxedit patch for BASE.")],
+    base: Annotated[str, argument("BASE", "The model before the edit.")],
+    edited: Annotated[str, argument("EDITED", "The edited model, or a .jaxedit patch for BASE.")],
     requests: Requests,
     generate: Annotated[bool, typer.Option("--generate", help="Also compare greedy generations.")] = False,
+    mesh: MeshSizes = None,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process_id: ProcessId = None,
     dtype: Dtype = None,
     limit: Limit = None,
     skip_malformed: Skip = False,
@@ -221,16 +203,22 @@ def evaluate(
       jaxedit eval smollm2-135m facts.jaxedit facts.jsonl
       jaxedit eval smollm2-135m edited/ facts.jsonl --generate --json > report.json
     """
+    devices = Devices.of(mesh, coordinator, processes, process_id)
     facts = read_facts(requests, limit, skip_malformed)
     patch = load_patch(Path(edited)) if is_patch(edited) else None
-    with Work() as work:
-        wanted = checked_dtype(dtype) or (patch.dtype if patch else None)
-        before, tokenizer = load_model(work, base, wanted)
+    wanted = checked_dtype(dtype) or (patch.dtype if patch else None)
+    placed = devices.join(wanted)
+    with Work(devices.process_id == 0) as work:
+        before, tokenizer = load_model(work, base, wanted, placed)
         import jaxedit as je
+        from jaxedit.distributed import is_first, meet
 
-        after = je.apply_patch(before, patch) if patch else load_model(work, edited, wanted)[0]
+        after = je.apply_patch(before, patch) if patch else load_model(work, edited, wanted, placed)[0]
         with work.stage("evaluate"):
             report = je.evaluate(before, after, tokenizer, facts, generate=generate)
+        meet("end")
+    if not is_first():
+        return
     if as_json:
         emit({"base": base, "edited": edited, "report": report.to_dict(), "seconds": work.seconds})
         return
@@ -247,7 +235,13 @@ def stats(
     layers: Layers = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="How much of the corpus to use.")] = 100_000,
     length: Annotated[int, typer.Option(min=1, help="Tokens a row; longer documents are cut.")] = 512,
-    mesh_data: Annotated[int | None, typer.Option(min=1, help="Spread the work over so many devices.")] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Tokens after which sums are kept, for a killed run to go on from; 0: never.")
+    ] = 1_000_000,
+    mesh: MeshSizes = None,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process_id: ProcessId = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ):
@@ -256,12 +250,15 @@ def stats(
     \b
     Examples:
       jaxedit stats smollm2-135m --layers 3-7 --out moments.safetensors
-      jaxedit stats ./my-model corpus.txt --layers 4,5,6 --max-tokens 1000000 --out m.safetensors
+      jaxedit stats ./my-model corpus.txt --layers 4,5,6 --max-tokens 1000000 --mesh data=8 --out m.safetensors
     """
     chosen = parse_layers(layers)
-    with Work() as work:
-        decoder, tokenizer = load_model(work, model, checked_dtype(dtype))
+    devices = Devices.of(mesh, coordinator, processes, process_id)
+    placed = devices.join(checked_dtype(dtype))
+    with Work(devices.process_id == 0) as work:
+        decoder, tokenizer = load_model(work, model, dtype, placed)
         import jaxedit as je
+        from jaxedit.distributed import is_first, meet
 
         chosen = chosen or je.method_for("fe", decoder.config).layers
         with work.stage("statistics"):
@@ -272,10 +269,14 @@ def stats(
                 chosen,
                 max_tokens=max_tokens,
                 length=length,
-                mesh=je.make_mesh(data=mesh_data) if mesh_data else None,
+                checkpoint_every=checkpoint_every or None,
                 on_progress=work.counter("statistics"),
             )
-            moments.save(to)
+            if is_first():
+                moments.save(to)
+        meet("end")
+    if not is_first():
+        return
     count = next(iter(moments.values())).count
     if as_json:
         emit({"model": model, "layers": moments.layers, "tokens": count, "out": str(to), "seconds": work.seconds})
@@ -288,7 +289,7 @@ def stats(
 @app.command()
 def generate(
     model: Model,
-    prompts: Annotated[list[str], _argument("PROMPT", "Texts to continue.")],
+    prompts: Annotated[list[str], argument("PROMPT", "Texts to continue.")],
     patch: Annotated[Path | None, typer.Option(help="Apply these edits first.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to add.")] = 32,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,

@@ -23,6 +23,8 @@ from typer.core import TyperGroup
 from jaxedit.errors import JaxEditError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from jaxedit import EditInfo, Report
     from jaxedit.edit import Progress as OnProgress
 
@@ -82,9 +84,9 @@ class _Rate(ProgressColumn):
 class Work:
     """Progress bars on stderr, and the seconds that each stage took."""
 
-    def __init__(self):
+    def __init__(self, shown: bool = True):
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(12), TimeElapsedColumn(), _Rate()
-        self._bars = Progress(*columns, console=err)
+        self._bars = Progress(*columns, console=err, disable=not shown)
         self._tasks: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
 
@@ -120,27 +122,21 @@ class Work:
 
 
 def prepare(dtype: str | None = None):
-    """Quiet transformers, keep compiled programs between runs, and allow float64 where it is asked for."""
+    """Quiet transformers, and allow float64 where it is asked for."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import jax
-
-    from jaxedit.cache import cache_dir
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if dtype == "float64":
+        import jax
+
         jax.config.update("jax_enable_x64", True)
 
 
-def load_model(work: Work, name: str, dtype: str | None = None):
+def load_model(work: Work, name: str, dtype: str | None = None, mesh: Mesh | None = None):
     """``(model, tokenizer)``."""
     prepare(dtype)
     with work.stage(f"load {Path(name).name or name}"):
         import jaxedit as je
 
-        return je.load(name, dtype)
+        return je.load(name, dtype, mesh=mesh)
 
 
 def emit(document: Any):

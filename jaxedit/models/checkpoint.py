@@ -4,43 +4,61 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from jaxedit.errors import CheckpointError
 
+Part = tuple[slice, ...]
+
 
 class Checkpoint(Protocol):
-    """What a loader needs: the contents of config.json, tensor names, and each tensor on demand."""
+    """What a loader needs: the contents of config.json, tensor names, and each tensor on demand.
+
+    reads_parts: whether a part of a tensor is read without the rest.
+    """
+
+    reads_parts: ClassVar[bool]
 
     @property
     def config(self) -> dict: ...
     @property
     def names(self) -> tuple[str, ...]: ...
-    def tensor(self, name: str) -> np.ndarray: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def tensor(self, name: str, part: Part = ()) -> np.ndarray: ...
 
 
 class SafetensorsCheckpoint:
-    """A Hugging Face directory, single-file or sharded. Nothing is unpickled, ever."""
+    """A Hugging Face directory, single-file or sharded. Nothing is unpickled, ever.
+
+    A file is opened for each tensor and closed after it: it is mapped into memory while it is open, and all that
+    was read of it would count as memory in use.
+    """
+
+    reads_parts: ClassVar[bool] = True
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         self.config = _read_config(self.directory)
         self.files = _tensor_files(self.directory)
-        self._open: dict[Path, object] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.files)
 
-    def tensor(self, name: str) -> np.ndarray:
+    def shape(self, name: str) -> tuple[int, ...]:
         import safetensors
 
-        path = self.files[name]
-        if path not in self._open:
-            self._open[path] = safetensors.safe_open(path, framework="numpy")
-        return self._open[path].get_tensor(name)  # type: ignore[attr-defined]
+        with safetensors.safe_open(self.files[name], framework="numpy") as handle:
+            return tuple(handle.get_slice(name).get_shape())
+
+    def tensor(self, name: str, part: Part = ()) -> np.ndarray:
+        """The tensor, or a part of it: a slice for each of its leading axes."""
+        import safetensors
+
+        with safetensors.safe_open(self.files[name], framework="numpy") as handle:
+            return handle.get_slice(name)[part] if part else handle.get_tensor(name)
 
 
 def _read_config(directory: Path) -> dict:

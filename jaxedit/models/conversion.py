@@ -101,6 +101,13 @@ def to_tensor(rule: Rule, parameters: Sequence[np.ndarray], config: ModelConfig)
     return np.ascontiguousarray(einops.rearrange(value, f"{right} -> {left}", **_used(rule.layout, config)))
 
 
+def permutation(rule: Rule) -> tuple[int, ...] | None:
+    """The axes of the tensor in the parameter's order, where the layout does nothing else; otherwise None."""
+    left, right = (side.split() for side in rule.layout.split(" -> "))
+    plain = len(rule.targets) == 1 and sorted(left) == sorted(right) and "(" not in rule.layout
+    return tuple(left.index(axis) for axis in right) if plain else None
+
+
 def _position(side: str, token: str) -> int:
     return re.findall(r"\([^)]*\)|\S+", side).index(token)
 

@@ -8,6 +8,7 @@ then hashed. This detects another model; it is no defence against someone who wa
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -39,13 +40,24 @@ def fingerprint(params: Params, config: ModelConfig, stop: int, edited: bool) ->
     edited: whether the matrices that editing changes count. Without them a model and its edited versions agree,
     which is what second moments are checked by; with them they differ, which is what caches are keyed by.
     """
-    digest = hashlib.blake2b(repr((config, stop, edited)).encode(), digest_size=16)
-    for path, x in sorted(flatten({"embed": params["embed"], "blocks": params["blocks"]}).items()):
-        if path == "blocks.down.w" and not edited:
-            continue
-        part = _first(x, stop) if path.startswith("blocks.") else x
-        digest.update(f"{path} {part.shape} {part.dtype}".encode())
-        for total in _sums(part):
+    parts = (
+        (path, _first(x, stop) if path.startswith("blocks.") else x)
+        for path, x in sorted(flatten({"embed": params["embed"], "blocks": params["blocks"]}).items())
+        if edited or path != "blocks.down.w"
+    )
+    return _digest((config, stop, edited), parts)
+
+
+def whole_fingerprint(params: Params, config: ModelConfig) -> str:
+    """Fingerprint of every weight, for what depends on the model's output."""
+    return _digest(config, sorted(flatten(params).items()))
+
+
+def _digest(about, arrays: Iterable[tuple[str, jax.Array]]) -> str:
+    digest = hashlib.blake2b(repr(about).encode(), digest_size=16)
+    for path, x in arrays:
+        digest.update(f"{path} {x.shape} {x.dtype}".encode())
+        for total in _sums(x):
             digest.update(np.asarray(total).tobytes())
     return digest.hexdigest()
 

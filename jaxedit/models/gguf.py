@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -59,16 +59,21 @@ class _Stored(NamedTuple):
 class GgufCheckpoint:
     """What a Hugging Face directory would give: config.json's contents, tensor names, tensors on demand."""
 
+    reads_parts: ClassVar[bool] = False
     config: dict
     names: tuple[str, ...]
     metadata: Mapping[str, Any] = dataclasses.field(repr=False)
     _stored: Mapping[str, _Stored] = dataclasses.field(repr=False)
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The tensor of that Hugging Face name, dequantised to float32: linear weights are [d_out, d_in]."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored[name].shape
+
+    def tensor(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """The tensor of that Hugging Face name, or a part, dequantised to float32: linear weights are
+        [d_out, d_in]."""
         stored = self._stored[name]
         tensor = _dequantised(name, stored)
-        return _split_halves(tensor, stored.heads) if stored.heads else tensor
+        return (_split_halves(tensor, stored.heads) if stored.heads else tensor)[part]
 
 
 def read_gguf(path: str | Path) -> GgufCheckpoint:

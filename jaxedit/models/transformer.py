@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxedit.models.config import ModelConfig
-from jaxedit.models.layers import activation, attend, linear, norm, rotary, visible, wide
+from jaxedit.models.layers import activation, attend, linear, norm, rotary, visible, vocabulary_product, wide
 
 Params = dict[str, Any]
 
@@ -113,9 +114,13 @@ def to_key(p: Params, config: ModelConfig, h, context: Context, window=None, pas
     """
     b, s, _ = h.shape
     x = norm(h, p["attn_norm"], config)
-    q = linear(x, p["q"]).reshape(b, s, config.n_head, config.head_dim)
-    k = linear(x, p["k"]).reshape(b, s, config.n_kv_head, config.head_dim)
-    v = linear(x, p["v"]).reshape(b, s, config.n_kv_head, config.head_dim)
+
+    def product(x, name: str):
+        return checkpoint_name(linear(x, p[name]), name)
+
+    q = product(x, "q").reshape(b, s, config.n_head, config.head_dim)
+    k = product(x, "k").reshape(b, s, config.n_kv_head, config.head_dim)
+    v = product(x, "v").reshape(b, s, config.n_kv_head, config.head_dim)
     if config.qk_norm:
         q, k = norm(q, p["q_norm"], config), norm(k, p["k_norm"], config)
     if config.rope is not None:
@@ -124,7 +129,7 @@ def to_key(p: Params, config: ModelConfig, h, context: Context, window=None, pas
     if past is not None:
         past_k, past_v, there = past
         past = (past_k, past_v, visible(at, seg, there.positions, there.segments, window))
-    attended = linear(attend(q, k, v, visible(at, seg, at, seg, window), config, past), p["o"])
+    attended = product(attend(q, k, v, visible(at, seg, at, seg, window), config, past), "o")
     if config.post_norms:
         attended = norm(attended, p["attn_post_norm"], config)
     stream = h + attended
@@ -132,9 +137,9 @@ def to_key(p: Params, config: ModelConfig, h, context: Context, window=None, pas
         x = norm(stream, p["mlp_norm"], config)
     elif config.parallel == "separate":
         x = norm(h, p["mlp_norm"], config)
-    key = activation(linear(x, p["gate" if config.gated else "up"]), config.act)
+    key = activation(product(x, "gate" if config.gated else "up"), config.act)
     if config.gated:
-        key = key * linear(x, p["up"])
+        key = key * product(x, "up")
     return stream, key, k, v
 
 
@@ -163,14 +168,15 @@ def run(
     *,
     past: Past | None = None,
     probe: Callable[[Inside], Any] | None = None,
-    remat: bool = False,
+    keep: tuple[str, ...] | None = None,
 ) -> Any:
     """Run layers ``start … stop - 1`` on ``h [b, s, d_model]``.
 
     past: attention keys and values of earlier tokens in exactly these layers.
     probe: called once a layer; what it returns comes back stacked on a leading layer axis.
-    remat: keep only the results of matrix products for the backward pass and recompute the rest, which is less
-        memory and, because weights are not copied into the scan's residuals, also faster.
+    keep: for a backward pass, keep only these products ("q", "k", "v", "o", "gate", "up") of each layer and make
+        the rest again, which is less memory and, because weights are not copied into the scan's residuals, also
+        faster.
     Returns ``(h, probes)``, or just ``h`` without a probe.
     """
 
@@ -184,8 +190,8 @@ def run(
         h = from_key(p, config, stream, key)
         return h, None if probe is None else probe(Inside(h, key, k, v))
 
-    if remat:
-        block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_saveable)
+    if keep is not None:
+        block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*keep))
     h, seen = lax.scan(block, h, jnp.arange(start, stop))
     return h if probe is None else (h, seen)
 
@@ -195,7 +201,10 @@ def unembed(params: Params, config: ModelConfig, h):
     dtype = wide(h.dtype)
     x = norm(h, params["final_norm"], config)
     w = params["embed"]["tokens"] if config.tied else params["unembed"]["w"]
-    y = jnp.einsum("...d,vd->...v", x, w.astype(x.dtype), preferred_element_type=dtype)
+    if x.dtype.itemsize == 2:
+        y = vocabulary_product(x, w)
+    else:
+        y = jnp.einsum("...d,vd->...v", x, w.astype(x.dtype), preferred_element_type=dtype)
     if config.unembed_bias:
         y = y + params["unembed"]["b"].astype(dtype)
     if config.final_softcap is not None:

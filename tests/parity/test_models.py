@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxedit.models.transformer import Context, Past, embed, hidden_states, logits, run, unembed
+from jaxedit.targets.anchor import KEPT
 
 TRAINED = ("tiny-llama", "tiny-gpt2", "tiny-gptj")
 RANDOM = ("mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_seq", "gemma2", "phi3", "llama3_rope")
@@ -23,7 +24,7 @@ def reference(goldens):
     return read
 
 
-stretch = jax.jit(run, static_argnames=("config", "start", "stop", "probe", "remat"))
+stretch = jax.jit(run, static_argnames=("config", "start", "stop", "probe", "keep"))
 read_out = jax.jit(unembed, static_argnames=("config",))
 enter = jax.jit(embed, static_argnames=("config",))
 
@@ -132,15 +133,17 @@ def test_packed_documents_do_not_see_each_other(decoder, reference, name):
         np.testing.assert_allclose(part, alone, atol=1e-5 * np.abs(alone).max())
 
 
-def test_remat_changes_no_gradient(decoder, reference):
+def test_what_is_kept_changes_no_gradient(decoder, reference):
     model, tokens = decoder("tiny-llama"), reference("tiny-llama")["input_ids"]
     context, states = states_of(model, tokens)
 
-    def loss(h, remat):
-        return jnp.sum(run(model.params, model.config, h, context, 2, model.config.n_layer, remat=remat) ** 2)
+    def loss(h, keep):
+        return jnp.sum(run(model.params, model.config, h, context, 2, model.config.n_layer, keep=keep) ** 2)
 
-    plain, saved = (np.asarray(jax.jit(jax.grad(loss), static_argnums=1)(states[2], remat)) for remat in (False, True))
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, saved, made_again = (np.asarray(grad(states[2], keep)) for keep in (None, KEPT[0], ()))
     np.testing.assert_allclose(saved, plain, atol=1e-5 * np.abs(plain).max())
+    np.testing.assert_allclose(made_again, plain, atol=1e-5 * np.abs(plain).max())
 
 
 def test_tokens_beyond_the_context_are_refused(decoder):

@@ -1,6 +1,7 @@
 """Against live transformers and PyTorch: what is saved there says the same (an extra; needs the bench extra)."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +21,7 @@ def edited(tiny, name, layers):
 
 
 def tiny_facts(name):
-    from conftest import GOLDENS
-
-    return GOLDENS / name / "facts.json"
+    return Path(__file__).parent.parent / "goldens" / name / "facts.json"
 
 
 @pytest.mark.parametrize(("name", "layers"), [("tiny-llama", (1, 2)), ("tiny-gpt2", (1, 2)), ("tiny-gptj", (0, 1))])
