@@ -37,17 +37,18 @@ def bucket(n: int, least: int = 1) -> int:
     return power * 3 // 4 if power >= 32 and n <= power * 3 // 4 else power
 
 
-def batches(shapes: Sequence[tuple[int, ...]], budget: int) -> list[Batch]:
+def batches(shapes: Sequence[tuple[int, ...]], budget: int, shards: int = 1) -> list[Batch]:
     """Group items of equal (already bucketed) shape.
 
-    A row costs the sum of its shape, a batch at most `budget` (or one row). Small groups are padded to the
-    shape of another one: an eighth of a batch of padding is cheaper than compiling another program.
+    A row costs the sum of its shape, a batch at most `budget` (or one row) for each of the `shards` that its rows
+    are split into evenly. Small groups are padded to the shape of another one: an eighth of a batch of padding is
+    cheaper than compiling another program.
     """
-    made = []
+    made, budget = [], budget * shards
     for shape, items in sorted(_groups(shapes, budget // 8).items()):
         most = max(1, budget // max(1, sum(shape)))
         size = -(-len(items) // -(-len(items) // most))
-        rows = min(bucket(size), max(most, size))
+        rows = -(-min(bucket(size), max(most, size)) // shards) * shards
         made += [Batch(items[at : at + rows], rows, shape) for at in range(0, len(items), rows)]
     return made
 

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from jaxedit.data.tokens import encode
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import Context, Decoder, Params, Past, embed, run, unembed
+from jaxedit.sharding import data_shards, mesh_of, over_data, place_rows
 
 _CACHE_TOKENS = 32768
 
@@ -85,7 +87,8 @@ def continue_rows(
     _check_lengths([len(row) for row in rows], max_new_tokens, config)
     out: list[list[int]] = [[] for _ in rows]
     room = bucket(max_new_tokens)
-    for batch in batches([(bucket(len(row), MIN_LENGTH), room) for row in rows], _CACHE_TOKENS):
+    shapes = [(bucket(len(row), MIN_LENGTH), room) for row in rows]
+    for batch in batches(shapes, _CACHE_TOKENS, data_shards(mesh_of(params))):
         tokens, mask = pad(batch.take(rows), batch.shape[0])
         at = batch.take(range(len(rows)))
         new, count = generate_tokens(
@@ -118,6 +121,7 @@ def generate_tokens(
     live: boolean ``[b]``, False at rows that need not be continued.
 
     Attention and logits are summed in float32 (float64 for a float64 model); the cache has the model's dtype.
+    Rows are split over the "data" axis of the mesh that the weights are on.
     """
     tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, np.int32)
     if tokens.ndim != 2 or tokens.shape != mask.shape:
@@ -128,22 +132,22 @@ def generate_tokens(
     b = len(tokens)
     if b == 0 or max_new_tokens == 0:
         return jnp.zeros((b, max_new_tokens), jnp.int32), jnp.zeros(b, jnp.int32)
+    mesh = mesh_of(params)
+    spare = -b % data_shards(mesh)
+    live = np.pad(np.ones(b, bool) if live is None else np.asarray(live, bool), (0, spare))
+    ids = np.arange(b, dtype=np.int32) if row_ids is None else np.asarray(row_ids, np.int32)
+    rows = (*(np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in (tokens, mask, ids)), live)
     new, count = _generate(
         params,
         config,
-        tokens,
-        mask,
-        np.ones(b, bool) if live is None else np.asarray(live, bool),
-        np.arange(b, dtype=np.int32) if row_ids is None else np.asarray(row_ids, np.int32),
-        np.int32(max_new_tokens),
-        np.asarray(eos_ids, np.int32),
-        jax.random.key(seed),
-        np.float32(temperature),
+        (np.int32(max_new_tokens), np.asarray(eos_ids, np.int32), jax.random.key(seed), np.float32(temperature)),
+        place_rows(rows, mesh),
         room=bucket(max_new_tokens),
         top_k=None if top_k is None or temperature == 0 else min(top_k, config.vocab),
         sample=temperature > 0,
+        mesh=mesh,
     )
-    return new[:, :max_new_tokens], count
+    return new[:b, :max_new_tokens], count[:b]
 
 
 def _check_lengths(lengths: Sequence[int], max_new_tokens: int, config: ModelConfig):
@@ -159,11 +163,15 @@ def _check_lengths(lengths: Sequence[int], max_new_tokens: int, config: ModelCon
             )
 
 
-@partial(jax.jit, static_argnames=("config", "room", "top_k", "sample"))
-def _generate(
-    params, config, tokens, mask, live, row_ids, limit, eos, key, temperature, room: int, top_k, sample: bool
-):
+@partial(jax.jit, static_argnames=("config", "room", "top_k", "sample", "mesh"))
+def _generate(params, config, options, rows, room: int, top_k, sample: bool, mesh: Mesh | None):
+    share = partial(_continue, config=config, room=room, top_k=top_k, sample=sample)
+    return over_data(share, mesh, 2)(params, options, rows)
+
+
+def _continue(params, options, rows, *, config, room: int, top_k, sample: bool):
     """Prefill, then one token a step until `limit` (traced, at most `room`) or until every row has ended."""
+    (limit, eos, key, temperature), (tokens, mask, row_ids, live) = options, rows
     b, s = tokens.shape
     context = Context.of_mask(mask)
     lengths = mask.sum(-1, dtype=jnp.int32)

@@ -20,6 +20,7 @@ from jaxedit.evaluation.report import Kind, PromptRecord, Report, RequestRecord,
 from jaxedit.evaluation.scoring import score
 from jaxedit.evaluation.specificity import check_models, divergence
 from jaxedit.models.transformer import Decoder
+from jaxedit.sharding import data_shards, mesh_of, place_rows
 from jaxedit.types import EditRequest
 
 Ids = tuple[int, ...]
@@ -46,7 +47,8 @@ def evaluate(
     generation_accuracy (`generate`): greedy generation gives the new target, token by token.
     specificity: see `jaxedit.evaluation.specificity`, over all neighbourhood prompts.
 
-    batch_tokens: tokens, padding included, in one pass. max_neighbours: use the first so many neighbourhood
+    batch_tokens: tokens, padding included, in one pass of a device. A mesh that the models were loaded on splits the
+    prompts over its "data" axis. max_neighbours: use the first so many neighbourhood
     prompts of each request. Log-likelihoods are float32 (float64 for a float64 model).
 
     Raises JaxEditError where the models differ in architecture or there are no requests, and RequestError
@@ -156,21 +158,21 @@ def _tokenise(tokenizer, requests, wanted: Sequence[_Wanted], max_positions: int
 
 def _measure(base: Decoder, edited: Decoder, items: Sequence[_Item], near: set[_Item], budget: int) -> _Found:
     """Run both models on the same padded batches. Results stay on the device until all work is queued."""
-    models, config = (base.params, edited.params), base.config
+    models, config, mesh = (base.params, edited.params), base.config, mesh_of(base.params)
     shapes = []
     for item in items:
         rest = max(len(item.new), len(item.true)) - 1
         shapes.append((bucket(len(item.prompt), MIN_LENGTH), *(2 * (bucket(rest, 4) if rest else 0,))))
     queued = []
-    for batch in batches(shapes, budget):
+    for batch in batches(shapes, budget, data_shards(mesh)):
         rows = batch.take(items)
         tokens, mask = pad([r.prompt for r in rows], batch.shape[0])
         targets, real = pad([t for r in rows for t in (r.new, r.true)], batch.shape[1] + 1)
-        args = (config, tokens, mask, targets, real)
+        args = (config, *place_rows((tokens, mask, targets, real), mesh), mesh)
         (last, *ours), (edited_last, *theirs) = (score(params, *args) for params in models)
         drift = None
         if any(items[i] in near for i in batch.index):
-            drift = divergence(*models, config, last, edited_last)
+            drift = divergence(*models, config, last, edited_last, mesh)
         queued.append((batch.index, ours, theirs, drift))
     n = len(items)
     found = _Found(np.zeros((2, n, 2)), np.zeros((2, n, 2), bool), np.zeros(n), np.zeros((n, 3)))

@@ -7,14 +7,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from jaxedit.evaluation.batching import chunk
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import Context, Params, Past, embed, run, unembed
+from jaxedit.sharding import over_data
 
 
-@partial(jax.jit, static_argnames=("config",))
-def score(params: Params, config: ModelConfig, tokens, mask, targets, real):
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def score(params: Params, config: ModelConfig, tokens, mask, targets, real, mesh: Mesh | None = None):
     """Two targets after each prompt.
 
     tokens, mask ``[b, s]``: prompts, right-padded; targets, real ``[2 b, t]``: targets and their mask, rows
@@ -22,7 +24,12 @@ def score(params: Params, config: ModelConfig, tokens, mask, targets, real):
     Returns ``(last [b, d_model], nll [b, 2], hit [b, 2])``: the hidden state at the prompt's last token, the
     mean negative log-likelihood of each target in nats (0 where it has no tokens), float32 (float64 for
     float64 models), and whether each of its tokens is the likeliest one.
+    mesh: split the rows over its "data" axis, of which b is a multiple.
     """
+    return over_data(partial(_score, config=config), mesh)(params, tokens, mask, targets, real)
+
+
+def _score(params, tokens, mask, targets, real, *, config: ModelConfig):
     b, n = len(tokens), targets.shape[1]
     context = Context.of_mask(mask)
     sizes = mask.sum(-1, dtype=jnp.int32)

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from jaxedit.data.tokens import encode
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, chunk, pad
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import Context, Decoder, Params, embed, run, unembed
+from jaxedit.sharding import data_shards, mesh_of, over_data, place_rows
 
 TOP = (1, 5, 10)
 
@@ -58,11 +60,11 @@ def specificity(
     if bad:
         raise RequestError(bad)
     kl, overlap = np.zeros(len(rows)), np.zeros((len(rows), len(TOP)))
-    models = (base.params, edited.params)
-    for batch in batches([(bucket(len(row), MIN_LENGTH),) for row in rows], batch_tokens):
-        tokens, mask = pad(batch.take(rows), batch.shape[0])
-        last = [last_hidden(params, base.config, tokens, mask) for params in models]
-        found = divergence(*models, base.config, *last)
+    models, mesh = (base.params, edited.params), mesh_of(base.params)
+    for batch in batches([(bucket(len(row), MIN_LENGTH),) for row in rows], batch_tokens, data_shards(mesh)):
+        tokens, mask = place_rows(pad(batch.take(rows), batch.shape[0]), mesh)
+        last = [last_hidden(params, base.config, tokens, mask, mesh) for params in models]
+        found = divergence(*models, base.config, *last, mesh)
         n = len(batch.index)
         kl[batch.index], overlap[batch.index] = (np.asarray(x)[:n] for x in found)
     return Specificity(kl, overlap)
@@ -78,24 +80,34 @@ def check_models(base: Decoder, edited: Decoder, tokenizer):
         ours, theirs = (dataclasses.asdict(m.config) for m in (base, edited))
         differ = [name for name in ours if ours[name] != theirs[name]]
         raise JaxEditError(f"base and edited are different architectures: their {', '.join(differ)} differ")
+    if mesh_of(base.params) != mesh_of(edited.params):
+        raise JaxEditError("base and edited are on different devices; load both with the same mesh=")
     if tokenizer is None:
         raise JaxEditError("this model came without a tokenizer; pass one")
 
 
-@partial(jax.jit, static_argnames=("config",))
-def last_hidden(params: Params, config: ModelConfig, tokens, mask):
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def last_hidden(params: Params, config: ModelConfig, tokens, mask, mesh: Mesh | None = None):
     """The hidden state ``[b, d_model]`` that predicts what follows each right-padded row ``[b, s]``."""
-    context = Context.of_mask(mask)
-    h = run(params, config, embed(params, config, tokens, context), context, 0, config.n_layer)
-    return h[jnp.arange(len(h)), mask.sum(-1) - 1]
+
+    def share(params, tokens, mask):
+        context = Context.of_mask(mask)
+        h = run(params, config, embed(params, config, tokens, context), context, 0, config.n_layer)
+        return h[jnp.arange(len(h)), mask.sum(-1) - 1]
+
+    return over_data(share, mesh)(params, tokens, mask)
 
 
-@partial(jax.jit, static_argnames=("config",))
-def divergence(base: Params, edited: Params, config: ModelConfig, base_last, edited_last):
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def divergence(base: Params, edited: Params, config: ModelConfig, base_last, edited_last, mesh: Mesh | None = None):
     """Last hidden states ``[b, d_model]`` of both models to ``(kl [b], overlap [b, 3])``.
 
     Logits exist for a few hundred rows at a time only.
     """
+    return over_data(partial(_divergence, config=config), mesh, 2)(base, edited, base_last, edited_last)
+
+
+def _divergence(base, edited, base_last, edited_last, *, config: ModelConfig):
     most = min(max(TOP), config.vocab)
 
     def compare(pair):

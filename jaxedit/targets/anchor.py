@@ -25,14 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import Mesh
 
 from jaxedit.config import AnchorConfig
-from jaxedit.data.tokens import EditTokens, Packed, pack, round_up
+from jaxedit.data.tokens import EditTokens
+from jaxedit.memory import USABLE, anchor_cost, free_bytes, lanes_that_fit, tokens_per_step
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import wide
 from jaxedit.models.transformer import Context, Params, Past, embed, run, unembed
-
-Array = jax.Array | np.ndarray
+from jaxedit.sharding import data_shards, mesh_of, over_data, place_rows
+from jaxedit.targets.anchor_plan import Plan, Shape, buckets, make_plan, shape_of, suffix_tokens
 
 
 class Anchors(NamedTuple):
@@ -54,42 +56,22 @@ class Anchors(NamedTuple):
         return self.losses[np.arange(len(self.updates)), self.updates, 0]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Where things stand in the packed rows of n edits; the leading axis of every field is the edit.
-
-    suffix, prefix: indices into the packed row, -1 where there is none. asks: indices into the suffix at which a
-    target token `answers` is predicted, with `weights` that make the sum over asks the published mean. essence:
-    index into the suffix of the KL row's decisive token.
-    """
-
-    tokens: Array
-    positions: Array
-    segments: Array
-    suffix: Array
-    prefix: Array
-    is_lookup: Array
-    asks: Array
-    answers: Array
-    weights: Array
-    essence: Array
-    real: Array
+_CPU_TOKENS, _ACCELERATOR_TOKENS = 160, 16384  # suffix tokens a step beyond which products get no faster
+# What of a layer is kept for the backward pass, from most memory and least work to least memory and most work
+KEPT = (("q", "k", "v", "o", "gate", "up"), ("q", "k", "v", "o", "gate"), ("q", "k", "v", "o"), ())
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Fixed:
-    """What does not depend on δ, one edit a row (`k`, `v`: ``[n, layers, t, n_kv_head, head_dim]``)."""
+    """What does not depend on δ, of some edits: hidden states of the suffix, what the tokens before it left in the
+    layers above (`past`), the state that δ is added to, and what the KL row said before."""
 
     h: jax.Array
     context: Context
-    k: jax.Array
-    v: jax.Array
-    past: Context
+    past: Past
     init: jax.Array
     base_log_probs: jax.Array
-    plan: _Plan
 
 
 def find_anchors(
@@ -102,9 +84,12 @@ def find_anchors(
 ) -> Anchors:
     """Optimise the anchors of `edits` at the output of `layer`.
 
+    Where the weights lie on a mesh, each device of its "data" axis takes its share of the edits.
     on_progress is told how many edits each finished bucket held. Losses and δ are float32 (float64 for a float64
     model), whatever the dtype of the weights.
     """
+    mesh = mesh_of(params)
+    shards = data_shards(mesh)
     dtype = np.dtype(wide(params["embed"]["tokens"].dtype))
     n = len(edits)
     value, init = (np.zeros((n, config.d_model), dtype) for _ in range(2))
@@ -112,17 +97,17 @@ def find_anchors(
     needed = [suffix_tokens(e) for e in edits]
     spent = 0
     for members, size in buckets(needed, settings.bucket_growth):
-        rounds = -(-len(members) // max(1, _tokens_per_step(settings) // size))
-        lanes = -(-len(members) // rounds)  # even rounds: lanes that run empty still cost their tokens
-        resident = min(lanes * settings.resident_rounds, round_up(len(members), lanes))
-        shape = _shape([edits[i] for i in members], size)
+        share = -(-len(members) // shards)
+        shape = shape_of([edits[i] for i in members], size)
+        lanes, held, keep = _room(params, config, layer, shape, settings, share)
+        resident = held * shards
         for at in range(0, len(members), resident):
             chosen = members[at : at + resident]
-            plan = _plan([edits[i] for i in chosen], shape, resident)
-            fixed = _prepare(params, config, plan, layer, lanes)
-            found = _optimise(params, config, fixed, layer, settings, lanes)
-            delta, count, log = (np.asarray(x)[: len(chosen)] for x in found)
-            start = np.asarray(fixed.init)[: len(chosen)]
+            plan = place_rows(make_plan([edits[i] for i in chosen], shape, resident), mesh)
+            found = _optimise(
+                params, plan, config=config, layer=layer, settings=settings, lanes=lanes, keep=keep, mesh=mesh
+            )
+            start, delta, count, log = (np.asarray(x)[: len(chosen)] for x in found)
             value[chosen], init[chosen], updates[chosen], losses[chosen] = start + delta, start, count, log
             spent += size * len(chosen)
             if on_progress is not None:
@@ -130,126 +115,151 @@ def find_anchors(
     return Anchors(value, init, updates, losses, spent / sum(needed))
 
 
-def suffix_tokens(edit: EditTokens) -> int:
-    """Tokens of one edit that depend on δ: from the decisive token on in each context, and one of the KL row."""
-    return sum(len(r.tokens) - r.lookup for r in edit.contexts) + 1
+def _room(params, config: ModelConfig, layer: int, shape: Shape, settings: AnchorConfig, share: int):
+    """How many of `share` edits to optimise together, how many to hold on the device, and what to keep of a layer.
+
+    As many tokens a step as are wanted, if memory allows, and then as little work done twice as it allows.
+    """
+    tokens = params["embed"]["tokens"]
+    free = free_bytes(next(iter(tokens.devices())))
+    wanted = settings.tokens_per_step or (_CPU_TOKENS if free is None else _ACCELERATOR_TOKENS)
+    most, keep = max(1, wanted // shape.suffix), KEPT[0]
+    costs = [anchor_cost(config, tokens.dtype, layer, **shape._asdict(), keep=keep) for keep in KEPT]
+    if free is not None:
+        enough = (i for i, cost in enumerate(costs) if lanes_that_fit(cost, free) >= min(most, share))
+        chosen = next(enough, len(KEPT) - 1)
+        keep, costs = KEPT[chosen], costs[chosen:]
+        most = min(most, tokens_per_step(costs[0], shape.suffix, free) // shape.suffix)
+    rounds = -(-share // most)
+    lanes = -(-share // rounds)  # even rounds: lanes that run empty still cost their tokens
+    held = min(settings.resident_rounds, rounds)
+    if free is not None:
+        held = next((r for r in range(held, 1, -1) if costs[0].total(lanes, lanes * r) <= USABLE * free), 1)
+    return lanes, lanes * held, keep
 
 
-def buckets(sizes: Sequence[int], growth: float) -> list[tuple[list[int], int]]:
-    """Group edits by suffix size: ``(members, padded size)``. A bucket's largest is at most `growth` its smallest."""
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-    groups: list[list[int]] = []
-    for i in order:
-        if not groups or sizes[i] > growth * sizes[groups[-1][0]] + 4:
-            groups.append([])
-        groups[-1].append(i)
-    return [(sorted(g), round_up(max(sizes[i] for i in g), 4)) for g in groups]
+@partial(jax.jit, static_argnames=("config", "layer", "settings", "lanes", "keep", "mesh"))
+def _optimise(
+    params, plan: Plan, *, config: ModelConfig, layer: int, settings: AnchorConfig, lanes: int, keep, mesh: Mesh | None
+):
+    """Adam on all edits of `plan`, `lanes` of them at a time on each shard; the whole loop runs on the device.
+
+    Returns ``(init [n, d_model], delta [n, d_model], updates [n], losses [n, steps, 4])``.
+    """
+    share = partial(_optimise_share, config=config, layer=layer, settings=settings, lanes=lanes, keep=keep)
+    return over_data(share, mesh)(params, plan)
 
 
-def _tokens_per_step(settings: AnchorConfig) -> int:
-    if settings.tokens_per_step is not None:
-        return settings.tokens_per_step
-    return 256 if jax.default_backend() == "cpu" else 16384
+class _Lanes(NamedTuple):
+    """The edits being optimised, one a lane: which, δ, Adam's moments, updates made, losses, and whether to stop."""
+
+    edit: jax.Array
+    delta: jax.Array
+    moments: optax.OptState
+    count: jax.Array
+    log: jax.Array
+    stopped: jax.Array
 
 
-class _Shape(NamedTuple):
-    """Sizes that all rounds of a bucket share, so that one compiled loop serves them."""
+def _optimise_share(params, plan: Plan, *, config: ModelConfig, layer: int, settings: AnchorConfig, lanes: int, keep):
+    """Two nested loops: the inner one makes steps until a lane is free and an edit waits for it; the outer one
+    refills, which is when the lanes' inputs are copied."""
+    n, rounds = len(plan.real), len(plan.real) // lanes
+    grouped = jax.tree.map(lambda x: jnp.asarray(x).reshape(rounds, lanes, *x.shape[1:]), plan)
+    fixed = lax.map(lambda some: _prepare(params, config, some, layer), grouped)
+    init = fixed.init.reshape(n, -1)
+    dtype = init.dtype
+    adam = optax.adam(settings.lr)
+    limit = settings.clamp * safe_norm(init)
 
-    packed: int
-    prefix: int
-    suffix: int
-    asks: int
+    def begin(edit) -> _Lanes:
+        delta = jnp.zeros((lanes, config.d_model), dtype)
+        log = jnp.full((lanes, settings.steps, 4), jnp.nan, dtype)
+        count = jnp.zeros(lanes, jnp.int32)
+        return _Lanes(edit, delta, jax.vmap(adam.init)(delta), count, log, ~jnp.asarray(plan.real)[edit])
 
+    def step(now: _Lanes, here: _Fixed, where: Plan) -> _Lanes:
+        grad, terms = jax.grad(_loss, has_aux=True)(now.delta, params, config, here, where, layer, settings, keep)
+        active = ~now.stopped
+        stop = now.stopped | (terms[:, 0] < settings.threshold) | (now.count == settings.steps - 1)
+        change, moments = jax.vmap(adam.update)(grad, now.moments, now.delta)
+        delta = now.delta + jnp.asarray(change)
+        size, most = safe_norm(delta), limit[now.edit]
+        delta = delta * jnp.where(size > most, most / jnp.where(size == 0, 1, size), 1)[:, None]
+        at = jnp.arange(lanes), now.count
+        log = now.log.at[at].set(jnp.where(active[:, None], terms, now.log[at]))
+        delta, moments = _where(stop, (now.delta, now.moments), (delta, moments))
+        return _Lanes(now.edit, delta, moments, now.count + ~stop, log, stop)
 
-def _shape(edits: Sequence[EditTokens], suffix: int) -> _Shape:
-    rows = [(*e.contexts, e.essence) for e in edits]
-    return _Shape(
-        packed=round_up(max(sum(len(r.tokens) for r in each) for each in rows), 32),
-        prefix=round_up(max(sum(r.lookup for r in each) for each in rows) or 1, 32),
-        suffix=suffix,
-        asks=max(len(e.target) for e in edits) * len(edits[0].contexts),
-    )
-
-
-def _plan(edits: Sequence[EditTokens], shape: _Shape, n: int) -> _Plan:
-    """The plan of `edits`, filled up to `n` with edits that are done from the start."""
-    rows: Packed = pack([(*e.contexts, e.essence) for e in edits], multiple=shape.packed)
-    n_context, size, n_prefix, n_asks = len(edits[0].contexts), shape.suffix, shape.prefix, shape.asks
-    suffix, prefix = np.full((n, size), -1, np.int32), np.full((n, n_prefix), -1, np.int32)
-    asks, answers = np.zeros((n, n_asks), np.int32), np.zeros((n, n_asks), np.int32)
-    weights, essence = np.zeros((n, n_asks), np.float64), np.zeros(n, np.int32)
-    for i, edit in enumerate(edits):
-        s = p = a = 0
-        begin = rows.lookup[i] - [r.lookup for r in (*edit.contexts, edit.essence)]
-        for j, row in enumerate(edit.contexts):
-            tail = len(row.tokens) - row.lookup
-            suffix[i, s : s + tail] = rows.lookup[i, j] + np.arange(tail)
-            prefix[i, p : p + row.lookup] = begin[j] + np.arange(row.lookup)
-            s, p, t = s + tail, p + row.lookup, len(edit.target)
-            asks[i, a : a + t] = s - t + np.arange(t)
-            answers[i, a : a + t] = edit.target
-            weights[i, a : a + t] = 1 / (t * n_context)
-            a += t
-        suffix[i, s], essence[i] = rows.lookup[i, -1], s
-        prefix[i, p : p + edit.essence.lookup] = begin[-1] + np.arange(edit.essence.lookup)
-    spare = n - len(edits)
-
-    def padded(x):
-        return np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1))
-
-    is_lookup = (suffix[:, :, None] == padded(rows.lookup)[:, None, :]).any(-1) & (suffix >= 0)
-    return _Plan(
-        tokens=padded(rows.tokens),
-        positions=padded(rows.positions),
-        segments=padded(rows.segments),
-        suffix=suffix,
-        prefix=prefix,
-        is_lookup=is_lookup,
-        asks=asks,
-        answers=answers,
-        weights=weights,
-        essence=essence,
-        real=np.arange(n) < len(edits),
-    )
-
-
-@partial(jax.jit, static_argnames=("config", "layer", "lanes"))
-def _prepare(params, config: ModelConfig, plan: _Plan, layer: int, lanes: int) -> _Fixed:
-    """Everything that no step changes, `lanes` edits at a time."""
-
-    def few(plan: _Plan) -> _Fixed:
-        context = Context(jnp.asarray(plan.positions), jnp.asarray(plan.segments))
-        h = run(params, config, embed(params, config, plan.tokens, context), context, 0, layer + 1)
-
-        def pick(index):
-            at = jnp.maximum(index, 0)
-            take = partial(jnp.take_along_axis, indices=at, axis=1)
-            there = Context(take(plan.positions), jnp.where(index < 0, 0, take(plan.segments)))
-            return jnp.take_along_axis(h, at[..., None], 1), there
-
-        h_suffix, here = pick(plan.suffix)
-        h_prefix, past = pick(plan.prefix)
-        _, (k, v) = run(
-            params, config, h_prefix, past, layer + 1, config.n_layer, probe=lambda inside: (inside.k, inside.v)
+    def refill(carry):
+        now, results, following = carry
+        free = now.stopped
+        waiting = following + jnp.cumsum(free) - 1
+        fresh = free & (waiting < n)
+        now = _where(fresh, begin(jnp.where(fresh, waiting, now.edit)), now)
+        following = following + jnp.sum(fresh)
+        here, where = _pick(fixed, grouped, now.edit, lanes)
+        now = lax.while_loop(
+            lambda now: ~jnp.all(now.stopped) & ((following >= n) | ~jnp.any(now.stopped)),
+            lambda now: step(now, here, where),
+            now,
         )
-        k, v = jnp.moveaxis(k, 0, 1), jnp.moveaxis(v, 0, 1)
-        init = h_suffix[:, 0].astype(wide(h.dtype))
-        fixed = _Fixed(h_suffix, here, k, v, past, init, jnp.zeros(()), plan)
-        log_probs = _log_probs(params, config, fixed, layer, jnp.zeros_like(init), plan.essence[:, None])
-        return dataclasses.replace(fixed, base_log_probs=log_probs[:, 0])
+        results = jax.tree.map(lambda all, some: all.at[now.edit].set(some), results, (now.delta, now.count, now.log))
+        return now, results, following
 
-    n = plan.tokens.shape[0]
-    split = jax.tree.map(lambda x: jnp.asarray(x).reshape(n // lanes, lanes, *x.shape[1:]), plan)
-    return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), lax.map(few, split))
+    first = begin(jnp.arange(lanes))
+    empty = (
+        jnp.zeros((n, config.d_model), dtype), jnp.zeros(n, jnp.int32), jnp.full((n, settings.steps, 4), jnp.nan, dtype)
+    )  # fmt: skip
+    _, results, _ = lax.while_loop(
+        lambda carry: (carry[2] < n) | ~jnp.all(carry[0].stopped), refill, (first, empty, jnp.asarray(lanes))
+    )
+    return init, *results
 
 
-def _log_probs(params, config: ModelConfig, fixed: _Fixed, layer: int, delta, at):
-    """Log-probabilities ``[lanes, q, vocab]`` at suffix indices `at`, with ``delta [lanes, d_model]`` added."""
-    h = fixed.h + jnp.where(fixed.plan.is_lookup[..., None], delta[:, None], 0).astype(fixed.h.dtype)
-    past = Past(jnp.moveaxis(fixed.k, 1, 0), jnp.moveaxis(fixed.v, 1, 0), fixed.past)
-    h = run(params, config, h, fixed.context, layer + 1, config.n_layer, past=past, remat=True)
-    h = jnp.take_along_axis(h, at[..., None], 1)
-    return jax.nn.log_softmax(unembed(params, config, h), -1)
+def _where(chosen, new, old):
+    """Rows of `new` where `chosen`, of `old` elsewhere, in every array."""
+    return jax.tree.map(lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+
+
+def _pick(fixed: _Fixed, grouped: Plan, edit, lanes: int) -> tuple[_Fixed, Plan]:
+    """What the lanes need: of the only group as it is, else copied from the groups ``[rounds, lanes, …]``."""
+    if len(fixed.init) == 1:
+        return jax.tree.map(lambda x: x[0], (fixed, grouped))
+    group, member = edit // lanes, edit % lanes
+    k, v = (jnp.moveaxis(x[group, :, member], 0, 1) for x in (fixed.past.k, fixed.past.v))
+    rest = dataclasses.replace(fixed, past=fixed.past.context), grouped
+    here, where = jax.tree.map(lambda x: x[group, member], rest)
+    return dataclasses.replace(here, past=Past(k, v, here.past)), where
+
+
+def _prepare(params, config: ModelConfig, plan: Plan, layer: int) -> _Fixed:
+    """Everything about some edits that no step changes."""
+    context = Context(jnp.asarray(plan.positions), jnp.asarray(plan.segments))
+    h = run(params, config, embed(params, config, plan.tokens, context), context, 0, layer + 1)
+
+    def pick(index):
+        at = jnp.maximum(index, 0)
+        take = partial(jnp.take_along_axis, indices=at, axis=1)
+        there = Context(take(plan.positions), jnp.where(index < 0, 0, take(plan.segments)))
+        return jnp.take_along_axis(h, at[..., None], 1), there
+
+    h_suffix, here = pick(plan.suffix)
+    h_prefix, before = pick(plan.prefix)
+    _, (k, v) = run(
+        params, config, h_prefix, before, layer + 1, config.n_layer, probe=lambda inside: (inside.k, inside.v)
+    )
+    init = h_suffix[:, 0].astype(wide(h.dtype))
+    fixed = _Fixed(h_suffix, here, Past(k, v, before), init, jnp.zeros(()))
+    log_probs = _logits(params, config, fixed, plan, layer, jnp.zeros_like(init), plan.essence[:, None])
+    return dataclasses.replace(fixed, base_log_probs=jax.nn.log_softmax(log_probs[:, 0]))
+
+
+def _logits(params, config: ModelConfig, fixed: _Fixed, plan: Plan, layer: int, delta, at, keep=None):
+    """Logits ``[lanes, q, vocab]`` at suffix indices `at`, with ``delta [lanes, d_model]`` added."""
+    h = fixed.h + jnp.where(plan.is_lookup[..., None], delta[:, None], 0).astype(fixed.h.dtype)
+    h = run(params, config, h, fixed.context, layer + 1, config.n_layer, past=fixed.past, keep=keep)
+    return unembed(params, config, jnp.take_along_axis(h, at[..., None], 1))
 
 
 def safe_norm(x):
@@ -259,63 +269,15 @@ def safe_norm(x):
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
 
-def _loss(delta, params, config: ModelConfig, fixed: _Fixed, layer: int, settings: AnchorConfig):
+def _loss(delta, params, config: ModelConfig, fixed: _Fixed, plan: Plan, layer: int, settings: AnchorConfig, keep):
     """Sum over lanes of the loss, and its terms ``[lanes, 4]``."""
-    plan = fixed.plan
     at = jnp.concatenate([plan.asks, plan.essence[:, None]], 1)
-    log_probs = _log_probs(params, config, fixed, layer, delta, at)
-    chosen = jnp.take_along_axis(log_probs[:, :-1], plan.answers[..., None], 2)[..., 0]
+    logits = _logits(params, config, fixed, plan, layer, delta, at, keep)
+    log_sums = jax.nn.logsumexp(logits, -1)
+    chosen = jnp.take_along_axis(logits[:, :-1], plan.answers[..., None], 2)[..., 0] - log_sums[:, :-1]
     nll = -jnp.sum(plan.weights.astype(chosen.dtype) * chosen, -1)
-    now = log_probs[:, -1]
+    now = logits[:, -1] - log_sums[:, -1:]
     kl = settings.kl_weight * jnp.sum(jnp.exp(now) * (now - fixed.base_log_probs), -1)
     decay = settings.weight_decay * safe_norm(delta) / jnp.sum(fixed.init**2, -1)
     total = nll + kl + decay
     return jnp.sum(jnp.where(plan.real, total, 0)), jnp.stack([total, nll, kl, decay], -1)
-
-
-@partial(jax.jit, static_argnames=("config", "layer", "settings", "lanes"))
-def _optimise(params, config: ModelConfig, fixed: _Fixed, layer: int, settings: AnchorConfig, lanes: int):
-    """Adam on all edits of one bucket, `lanes` of them at a time; the whole loop runs on the device.
-
-    Returns ``(delta [n, d_model], updates [n], losses [n, steps, 4])``. State is kept per edit, so a frozen edit
-    keeps its δ and its moments, and `lane` says which edit each lane works on.
-    """
-    n, d_model = fixed.init.shape
-    dtype = fixed.init.dtype
-    adam = optax.adam(settings.lr)
-    limit = settings.clamp * safe_norm(fixed.init)
-    delta = jnp.zeros((n, d_model), dtype)
-    state = jax.vmap(adam.init)(delta)
-    log = jnp.full((n, settings.steps, 4), jnp.nan, dtype)
-
-    def step(carry):
-        delta, state, count, log, done, lane, following = carry
-        here = fixed if n == lanes else jax.tree.map(lambda x: x[lane], fixed)
-        d, s, c = delta[lane], jax.tree.map(lambda x: x[lane], state), count[lane]
-        grad, terms = jax.grad(_loss, has_aux=True)(d, params, config, here, layer, settings)
-        active = ~done[lane]
-        stop = active & ((terms[:, 0] < settings.threshold) | (c == settings.steps - 1))
-        move = active & ~stop
-        change, s_next = jax.vmap(adam.update)(grad, s)
-        d_next = d + change
-        size = safe_norm(d_next)
-        most = limit[lane]
-        d_next = d_next * jnp.where(size > most, most / jnp.where(size == 0, 1, size), 1)[:, None]
-
-        def keep(new, old):
-            return jnp.where(move.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        delta = delta.at[lane].set(keep(d_next, d))
-        state = jax.tree.map(lambda full, new, old: full.at[lane].set(keep(new, old)), state, s_next, s)
-        log = log.at[lane, c].set(jnp.where(active[:, None], terms, log[lane, c]))
-        count = count.at[lane].set(c + move)
-        done = done.at[lane].set(done[lane] | stop)
-        waiting = following + jnp.cumsum(stop) - 1
-        lane = jnp.where(stop & (waiting < n), waiting, lane)
-        return delta, state, count, log, done, lane, following + jnp.sum(stop)
-
-    start = (
-        delta, state, jnp.zeros(n, jnp.int32), log, ~fixed.plan.real, jnp.arange(lanes), jnp.asarray(lanes)
-    )  # fmt: skip
-    end = lax.while_loop(lambda carry: ~jnp.all(carry[4]), step, start)
-    return end[0], end[2], end[3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from jaxedit.data.tokens import EditTokens, Packed, chunks, pack
 from jaxedit.errors import JaxEditError
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import Context, Params, embed, run
-from jaxedit.targets.anchor import Anchors, find_anchors
+from jaxedit.targets.anchor import Anchors
+from jaxedit.targets.resumable import find_anchors_resumable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +57,15 @@ def make_targets(
     method: Method,
     weights: np.ndarray,
     on_progress: Callable[[int], None] | None = None,
+    anchor_cache: Path | None = None,
 ) -> Targets:
-    """Anchors and per-layer targets on the model as it is. `weights` of the contexts are used for replayed keys."""
+    """Anchors and per-layer targets on the model as it is. `weights` of the contexts are used for replayed keys.
+
+    anchor_cache: see `jaxedit.targets.resumable`, which also shares the anchors out between processes.
+    """
     layers = method.layers
     anchors = {
-        l: find_anchors(params, config, edits, l, method.anchor, on_progress)
+        l: find_anchors_resumable(params, config, edits, l, method.anchor, on_progress, checkpoint=anchor_cache)
         for l in method.targets.anchor_layers(layers)
     }
     lookup = np.asarray([e.contexts[0].lookup for e in edits], np.int32)

@@ -73,10 +73,8 @@ def test_a_model_and_itself(tiny, facts):
 
 @given(st.integers(0, 2**31), st.floats(0.01, 20))
 @settings(max_examples=20, deadline=None)
-def test_divergence_is_not_negative_and_vanishes_at_equality(seed, scale):
-    from conftest import load_decoder
-
-    model = load_decoder("tiny-gpt2")
+def test_divergence_is_not_negative_and_vanishes_at_equality(decoder, seed, scale):
+    model = decoder("tiny-gpt2")
     h = np.random.default_rng(seed).normal(size=(2, 4, model.config.d_model)).astype(np.float32) * scale
     kl, overlap = divergence(model.params, model.params, model.config, h[0], h[1])
     same_kl, same = divergence(model.params, model.params, model.config, h[0], h[0])

@@ -3,8 +3,9 @@
 import pytest
 
 from jaxedit.config import AnchorConfig
-from jaxedit.data.tokens import CLEAN, edit_tokens, round_up
-from jaxedit.targets.anchor import _optimise, _prepare, buckets, find_anchors, suffix_tokens
+from jaxedit.data.tokens import CLEAN, edit_tokens
+from jaxedit.targets.anchor import _optimise, find_anchors
+from jaxedit.targets.anchor_plan import buckets, suffix_tokens
 from jaxedit.types import EditRequest
 
 SETTINGS = AnchorConfig(steps=2, bucket_growth=1.0, tokens_per_step=10_000)
@@ -19,12 +20,11 @@ def edits_of(tokenizer, prompts, targets=("it", "in", "on")):
 @pytest.fixture
 def model_and_tokenizer(tiny):
     _optimise.clear_cache()
-    _prepare.clear_cache()
     return tiny("tiny-gpt2")
 
 
 def compiled():
-    return _optimise._cache_size(), _prepare._cache_size()
+    return _optimise._cache_size()
 
 
 def test_one_compilation_a_bucket(model_and_tokenizer):
@@ -35,29 +35,29 @@ def test_one_compilation_a_bucket(model_and_tokenizer):
     shapes = {(size, len(members)) for members, size in groups}
     assert len(groups) == len(shapes) == 2
     find_anchors(model.params, model.config, edits, 4, SETTINGS)
-    assert compiled() == (2, 2)
+    assert compiled() == 2
     find_anchors(model.params, model.config, edits, 4, SETTINGS)
-    assert compiled() == (2, 2)
+    assert compiled() == 2
     # other edits of the same shapes
     again = edits_of(tokenizer, (PROMPTS[1], PROMPTS[0], PROMPTS[2]), ("on", "it", "in"))
     assert [suffix_tokens(e) for e in again] == [sizes[1], sizes[0], sizes[2]]
     find_anchors(model.params, model.config, again, 4, SETTINGS)
-    assert compiled() == (2, 2)
+    assert compiled() == 2
 
 
 def test_other_weights_and_full_rounds_are_not_compiled_again(model_and_tokenizer):
     """Six edits in lanes of one, two of them on the device at a time: three rounds of one shape."""
     model, tokenizer = model_and_tokenizer
     edits = edits_of(tokenizer, [PROMPTS[0]] * 6, ["it", "in", "on", "it", "in", "on"])
-    few = AnchorConfig(steps=2, tokens_per_step=round_up(suffix_tokens(edits[0]), 4), resident_rounds=2)
+    few = AnchorConfig(steps=2, tokens_per_step=suffix_tokens(edits[0]), resident_rounds=2)
     reports = []
     find_anchors(model.params, model.config, edits, 4, few, reports.append)
     assert reports == [2, 2, 2]
-    assert compiled() == (1, 1)
+    assert compiled() == 1
     down = model.params["blocks"]["down"]
     changed = {**model.params, "blocks": {**model.params["blocks"], "down": {**down, "w": down["w"] * 1.01}}}
     find_anchors(changed, model.config, edits, 4, few)
-    assert compiled() == (1, 1)
+    assert compiled() == 1
 
 
 def test_settings_and_layer_are_part_of_the_program(model_and_tokenizer):
@@ -66,7 +66,7 @@ def test_settings_and_layer_are_part_of_the_program(model_and_tokenizer):
     edits = edits_of(tokenizer, PROMPTS[:1])
     find_anchors(model.params, model.config, edits, 4, SETTINGS)
     find_anchors(model.params, model.config, edits, 3, SETTINGS)
-    assert compiled() == (2, 2)
+    assert compiled() == 2
 
 
 def test_rounds_of_unlike_edits_share_one_program(model_and_tokenizer):
@@ -75,9 +75,9 @@ def test_rounds_of_unlike_edits_share_one_program(model_and_tokenizer):
     far = "In the long history of the old world, as we know, Paris is"
     edits = edits_of(tokenizer, [PROMPTS[0], PROMPTS[0], far], ["it", "in", "on"])
     sizes = [suffix_tokens(e) for e in edits]
-    settings = AnchorConfig(steps=2, tokens_per_step=round_up(max(sizes), 4), resident_rounds=2)
+    settings = AnchorConfig(steps=2, tokens_per_step=max(sizes), resident_rounds=2)
     assert len(buckets(sizes, settings.bucket_growth)) == 1
     assert len({sum(r.lookup for r in e.contexts) for e in edits}) == 2
     found = find_anchors(model.params, model.config, edits, 4, settings)
-    assert compiled() == (1, 1)
+    assert compiled() == 1
     assert found.updates.shape == (3,) and (found.losses[:, 0, 0] > 0).all()
