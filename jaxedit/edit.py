@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,7 +34,8 @@ from jaxedit.models.transformer import (
     unembed,
 )
 from jaxedit.presets import resolve
-from jaxedit.solvers.ridge import Factor, factorise
+from jaxedit.sharding import mesh_of
+from jaxedit.solvers.ridge import Factor, factorise, protect
 from jaxedit.statistics import SecondMoments, second_moments
 from jaxedit.targets.strategies import Targets, make_targets
 from jaxedit.types import EditRequest
@@ -44,7 +46,9 @@ class EditResult:
     """The edited model, the edits as a patch, and what happened.
 
     keys: per layer ``[n, d_ff]``, this edit's and all earlier ones': what a further `apply_edits` on this result
-    protects.
+    protects. factor: what was solved with, which protects the earlier ones' already; a further `apply_edits` with the
+    same solver and statistics absorbs the rest into it. To protect other keys, replace `keys` and set factor to None;
+    that also frees its memory.
     """
 
     model: Decoder
@@ -53,6 +57,7 @@ class EditResult:
     targets: Targets
     keys: dict[int, np.ndarray]
     stats: SecondMoments
+    factor: Factor | None = None
 
 
 def apply_edits(
@@ -66,6 +71,7 @@ def apply_edits(
     templates=None,
     *,
     factor: Factor | None = None,
+    anchor_cache: Path | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> EditResult:
@@ -78,8 +84,14 @@ def apply_edits(
     targets: made earlier by `targets` or elsewhere; by default found here. With PerLayer they may cover only some
         layers, and the others are found on the model as edited so far. templates: context templates, "{}"
         first; by default sampled from the model with `seed`.
-    factor: of the second moments, from `jaxedit.solvers.ridge.factorise`, to save factoring again.
+    factor: of the second moments, from `jaxedit.solvers.ridge.factorise`, to save factoring again. A continued
+        EditResult's own is preferred, as earlier keys are absorbed into that.
+    anchor_cache: a folder in which finished anchors are kept, part by part, and from which a call with the same
+        model, edits and settings takes them, so that one that was killed goes on where it was.
     on_progress: told (stage, done, total).
+
+    With several processes (see `jaxedit.distributed`) all must make the same call; each finds its share of the
+    anchors, and all return the same result.
 
     Raises RequestError naming every request that cannot be carried out, JaxEditError (StatisticsError) where
     method, layers, statistics or targets do not fit the model. Nothing is changed in that case.
@@ -102,15 +114,15 @@ def apply_edits(
     with clock("statistics"):
         stats = _statistics(stats, previous, base, tokenizer, method, on_progress)
     with clock("factor"):
-        factor = factor or factorise(method.solver, stats, method.layers)
-        if factor.solver != method.solver or not set(method.layers) <= set(factor.layers):
-            raise JaxEditError("factor was made for another solver or other layers")
+        factor = _factor(factor, previous, base, stats, method)
     given = targets is not None
     if targets is None and not isinstance(method.targets, PerLayer):
         with clock("targets"):
-            targets = make_targets(base.params, config, edits, method, weights, anchor_progress(on_progress, edits))
+            report = anchor_progress(on_progress, edits)
+            targets = make_targets(base.params, config, edits, method, weights, report, anchor_cache)
     with clock("layers"):
-        loop = LayerLoop(base, config, method, edits, weights, factor, previous.keys if previous else {}, clock)
+        past = previous.keys if previous else {}
+        loop = LayerLoop(base, config, method, edits, weights, factor, past, clock, anchor_cache)
         targets = loop.run(targets, on_progress)
     with clock("patch"):
         patch, matrices = make_patch(describe(method), requests, loop.originals, loop.deltas)
@@ -118,7 +130,7 @@ def apply_edits(
     with clock("probabilities"):
         chances = [probabilities(m.params, config, edits) for m in (base, edited)]
     info = _info(method, templates, targets, loop, matrices, chances, clock.seconds, given)
-    return EditResult(edited, patch, info, targets, loop.all_keys, stats)
+    return EditResult(edited, patch, info, targets, loop.all_keys, stats, factor)
 
 
 def find_targets(
@@ -183,6 +195,25 @@ def _statistics(stats, previous, base, tokenizer, method, on_progress) -> Second
     for l in method.layers:
         stats[l]
     return stats
+
+
+def _factor(given: Factor | None, previous, base: Decoder, stats: SecondMoments, method: Method) -> Factor:
+    """The factor to solve with, which protects all keys of earlier edits."""
+    if given is not None and not _fits(given, method):
+        raise JaxEditError("factor was made for another solver or other layers")
+    if given is not None and any(part.protected for part in given.parts.values()):
+        raise JaxEditError("factor has keys absorbed; pass it as factorise made it (earlier edits' are absorbed here)")
+    keys = {} if previous is None else previous.keys
+    carried = None if previous is None or previous.stats is not stats else previous.factor
+    if carried is not None and _fits(carried, method):
+        if any(carried[l].protected > len(keys.get(l, ())) for l in carried.layers):
+            raise JaxEditError("the EditResult's factor protects more keys than it has; set its factor to None")
+        return protect(carried, keys)
+    return protect(given or factorise(method.solver, stats, method.layers, mesh=mesh_of(base.params)), keys)
+
+
+def _fits(factor: Factor, method: Method) -> bool:
+    return factor.solver == method.solver and set(method.layers) <= set(factor.layers)
 
 
 class _Clock:

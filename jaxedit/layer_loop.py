@@ -17,7 +17,6 @@ import numpy as np
 
 from jaxedit.config import BackwardSpread, Method
 from jaxedit.data.tokens import Packed, chunks, pack
-from jaxedit.errors import JaxEditError
 from jaxedit.export.patch import Delta, add, delta_dtype, with_matrices
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import (
@@ -32,7 +31,7 @@ from jaxedit.models.transformer import (
     window_of,
 )
 from jaxedit.solvers.ridge import Factor, Solution, solve, solve_all
-from jaxedit.targets.anchor import find_anchors
+from jaxedit.targets.resumable import find_anchors_resumable
 from jaxedit.targets.strategies import Targets
 
 Progress = Callable[[str, int, int], None]
@@ -106,8 +105,9 @@ def _to_last(band, config: ModelConfig, h, context, lookup, start: int):
 class LayerLoop:
     """The edited layers from the bottom up. `band` holds just those blocks, their edited matrices in float32."""
 
-    def __init__(self, base: Decoder, config, method: Method, edits, weights, factor: Factor, past, clock):
+    def __init__(self, base: Decoder, config, method: Method, edits, weights, factor: Factor, past, clock, cache=None):
         self.base, self.config, self.method, self.edits, self.clock = base, config, method, edits, clock
+        self.anchor_cache = cache
         self.weights, self.factor, self.past = weights, factor, past
         layers = method.layers
         self.first, last = layers[0], layers[-1]
@@ -148,7 +148,7 @@ class LayerLoop:
                 residual = known[l] - clean.at_lookup(before)
             with self.clock("solve"):
                 if operators is None or replayed is None:
-                    self._write(l, keys, solve(self.factor, l, keys, residual, self.past.get(l)))
+                    self._write(l, keys, solve(self.factor, l, keys, residual))
                 else:
                     x, error = operators[i]
                     self._write(l, replayed[i], Solution(x, residual.astype(np.float64), float(error)))
@@ -165,12 +165,8 @@ class LayerLoop:
 
     def _operators(self, keys: np.ndarray) -> list:
         """All layers solved at once, which replayed keys make possible: they are known before the first edit."""
-        if any(l in self.past for l in self.method.layers):
-            raise JaxEditError("keys='replayed' cannot protect the keys of earlier edits; use keys='recomputed'")
         with self.clock("solve"):
-            picked = [self.factor.layers.index(l) for l in self.method.layers]
-            factor = self.factor._replace(chol=self.factor.chol[np.asarray(picked)])
-            return list(zip(*solve_all(factor, keys), strict=True))
+            return list(zip(*solve_all(self.factor, keys, self.method.layers), strict=True))
 
     def _keys(self, clean: Group, others: Group | None, l: int):
         """Keys ``[n, d_ff]``, averaged over contexts with the published weights, and the halves of the block."""
@@ -202,7 +198,8 @@ class LayerLoop:
             model = with_matrices(self.base, {m: np.asarray(self._matrix(m)) for m in self.solutions})
         with self.clock("targets"):
             report = anchor_progress(on_progress, self.edits)
-            return find_anchors(model.params, self.config, self.edits, l, self.method.anchor, report)
+            arguments = (model.params, self.config, self.edits, l, self.method.anchor, report)
+            return find_anchors_resumable(*arguments, checkpoint=self.anchor_cache)
 
     def _matrix(self, l: int):
         return self.band["blocks"]["down"]["w"][l - self.first]

@@ -80,7 +80,7 @@ def test_stats_of_a_corpus_file(model, facts, tmp_path):
     records = json.loads(facts.read_text(encoding="utf-8"))
     corpus, to = tmp_path / "corpus.txt", tmp_path / "m.safetensors"
     corpus.write_text("\n\n".join(p for r in records for p in r["neighborhood_prompts"]), encoding="utf-8")
-    result = jaxedit("stats", model, corpus, "--layers", 1, "--max-tokens", 300, "--mesh-data", 1, "--out", to)
+    result = jaxedit("stats", model, corpus, "--layers", 1, "--max-tokens", 300, "--mesh", "data=1", "--out", to)
     assert to.exists() and "300 tokens" in result.stdout
 
 

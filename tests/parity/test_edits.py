@@ -13,7 +13,8 @@ from jaxedit.data.tokens import check_templates, template_weights, validate
 from jaxedit.edit import apply_edits, find_targets
 from jaxedit.models.hub import load
 from jaxedit.statistics import SecondMoments
-from jaxedit.targets.anchor import buckets, find_anchors, suffix_tokens
+from jaxedit.targets.anchor import find_anchors
+from jaxedit.targets.anchor_plan import buckets, suffix_tokens
 from jaxedit.targets.strategies import clean_states, replay
 from jaxedit.types import EditRequest
 

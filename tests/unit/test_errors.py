@@ -33,8 +33,8 @@ def attempt(tiny, stats, monkeypatch):
     def never(*_, **__):
         raise AssertionError("work was done before the input was checked")
 
-    monkeypatch.setattr(strategies, "find_anchors", never)
-    monkeypatch.setattr(jaxedit.layer_loop, "find_anchors", never)
+    monkeypatch.setattr(strategies, "find_anchors_resumable", never)
+    monkeypatch.setattr(jaxedit.layer_loop, "find_anchors_resumable", never)
     monkeypatch.setattr(jaxedit.edit, "second_moments", never)
     monkeypatch.setattr(jaxedit.edit, "sample_templates", never)
 
