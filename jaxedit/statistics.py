@@ -19,17 +19,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxedit_kernels.second_moment import resolve_implementation
 
 from jaxedit.cache import cache_dir, write_atomically
 from jaxedit.data.corpus import Corpus, corpus_hash, pack_documents, read_corpus, tokenizer_hash
+from jaxedit.distributed import agree, check_same, is_first
 from jaxedit.errors import JaxEditError, StatisticsError
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.fingerprint import fingerprint
 from jaxedit.models.layers import wide
 from jaxedit.models.transformer import Decoder
-from jaxedit.moments_pass import PartialSums, mesh_of, moments_of_rows
+from jaxedit.moments_pass import PartialSums, moments_of_rows
+from jaxedit.sharding import data_shards, mesh_of
 
 FORMAT = "jaxedit-moments-1"
 _TOKENS_PER_STEP = 8192
@@ -263,6 +267,7 @@ def second_moments(
     checkpoint_every: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     dtype=None,
+    implementation: str = "xla",
 ) -> SecondMoments:
     """Key second moments of `layers` over the first `max_tokens` tokens of a corpus.
 
@@ -272,15 +277,20 @@ def second_moments(
         should be several times as many tokens as the model has MLP channels.
     layers: in any order. They cost one forward pass together.
     length: tokens a row, at most the model's context; longer documents are cut.
-    batch: rows a step, by default 8192 tokens' worth on each device.
-    mesh: spread the rows over the "data" axis of a mesh; by default of the one that the model was loaded on.
+    batch: rows a step of all devices together, by default 8192 tokens' worth on each.
+    mesh: spread the rows over the "data" axis of a mesh; by default of the one that the model was loaded on. With
+        several processes (see `jaxedit.distributed`) each takes its share of the rows, and all get the result.
     cache: keep the result on disk under a hash of weights, tokenizer, corpus and settings, and take it from
     there.
     checkpoint_every: tokens between checkpoints of the sums. A call with the same arguments resumes an
-        interrupted one and returns the same result bit for bit.
+        interrupted one, on any mesh and with any number of processes; on the same ones it returns the same result
+        bit for bit.
     on_progress: called with (tokens done, max_tokens) after each step.
     dtype: of the sums, by default float32 (float64 for a float64 model). The Gram matrix of a step is summed
         in float32 (float64) whatever the dtype of the keys, and then added to the sum of the earlier steps.
+    implementation: of the Gram products: "xla"; "mosaic_gpu", a kernel for H100 and H200 with 16-bit weights that has
+        not run on hardware yet; or "auto", the kernel where it can run. ``about["implementation"]`` of the result
+        says which was used.
 
     Raises StatisticsError where layers are missing or not in the model, or keys are not finite; JaxEditError
     where the corpus cannot be read.
@@ -302,32 +312,43 @@ def second_moments(
     content = (FORMAT, fingerprint(params, config, stop, edited=True), layers, sorted(about.items()))
     key = hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
     file = cache_dir() / "moments" / f"{key}.safetensors"
-    if cache and (found := _cached(file, layers)) is not None:
+    check_same("models, corpora or settings of second moments", content)
+    found = _cached(file, layers) if cache else None
+    if agree(found is not None) and found is not None:
         return found
     mesh = mesh if mesh is not None else mesh_of(params)
-    rows_a_step = batch
-    if rows_a_step is None:
-        rows_a_step = max(1, _TOKENS_PER_STEP // length) * (1 if mesh is None else mesh.shape["data"])
-    sharding = "1" if mesh is None else "x".join(map(str, mesh.devices.shape))
+    if batch is None:
+        batch = max(1, _TOKENS_PER_STEP // length) * data_shards(mesh) * jax.process_count()
+    if mesh is None or mesh.shape["model"] == 1:
+        tokens = batch * length // (data_shards(mesh) * jax.process_count())
+        device = next(iter(params["embed"]["tokens"].devices()))
+        chosen = resolve_implementation(
+            tokens, config.d_ff, model.dtype, sums, implementation=implementation, device=device
+        )
+        implementation = chosen.implementation
+    else:
+        implementation = "xla"
     unfinished = file.with_suffix(".partial")
-    partial = PartialSums(unfinished / f"{rows_a_step}-rows-on-{sharding}", checkpoint_every or 0)
+    partial = PartialSums(unfinished / "sums", checkpoint_every or 0)
     matrices, count = moments_of_rows(
         params,
         config,
         pack_documents(tokenizer, read_corpus(corpus), length, max_tokens),
         layers,
-        batch=rows_a_step,
+        batch=batch,
         mesh=mesh,
         dtype=sums,
         on_tokens=None if on_progress is None else lambda done: on_progress(done, max_tokens),
         partial_sums=partial if checkpoint_every else None,
+        implementation=implementation,
     )
+    about["implementation"] = implementation
     made = SecondMoments.from_arrays(
         matrices, count, fingerprint=fingerprint(params, config, stop, edited=False), about=about
     )
-    if cache:
+    if cache and is_first():
         _keep(made, file)
-    if checkpoint_every:
+    if checkpoint_every and is_first():
         shutil.rmtree(unfinished, ignore_errors=True)
     return made
 

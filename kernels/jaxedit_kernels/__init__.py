@@ -1,1 +1,1 @@
-"""Kernels for stages in which a profile shows that XLA leaves time on the table. There are none yet."""
+"""Kernels for single stages of jaxedit, each a folder; see kernels/README.md. Depends on jax alone."""
