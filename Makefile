@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-quick bench-gpu report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxedit demo
@@ -15,6 +15,23 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
+
+# REQUESTS=counterfact.json measures on your own edits; QUICK=1 (or bench-quick) shows in minutes that all of it works.
+REQUESTS ?= jaxedit/data/packaged/demo.jsonl
+BENCH = $(BIN)/python benchmarks/run_all.py --requests $(REQUESTS) $(if $(QUICK),--quick)
+
+bench: $(VENV)/.installed-bench
+	$(BENCH)
+
+bench-quick:
+	$(MAKE) bench QUICK=1
+
+# One GPU, random weights of Llama-3-8B's shape, less than ten minutes once everything is installed.
+bench-gpu: $(VENV)/.installed-bench-gpu
+	$(BENCH) --gpu
+
+report: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/report.py
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "jaxedit needs Python 3.11 or later; set PYTHON=/path/to/python"; exit 1; }
@@ -27,6 +44,20 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+# Without a GPU PyTorch's CPU wheel is enough, and gigabytes smaller.
+$(VENV)/.installed-bench: $(VENV)/.created pyproject.toml
+	$(BIN)/python -c 'import torch' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet torch --index-url https://download.pytorch.org/whl/cpu || \
+		$(BIN)/python -m pip install --quiet torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench-gpu: $(VENV)/.created pyproject.toml
+	$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null || \
+		$(BIN)/python -m pip uninstall --quiet --yes torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench,cuda]'
 	@touch $@ $(VENV)/.installed
 
 clean:

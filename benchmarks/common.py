@@ -6,15 +6,13 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import jax
+import records
 
 import jaxedit as je
 from jaxedit.cache import cache_dir
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -43,19 +41,8 @@ def prepare(args, layers):
 
 def machine() -> dict:
     """What a number was measured on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in l]
-        cpu = names[0] if names else cpu
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "commit": commit,
-    }
+    python, device = platform.python_version(), jax.devices()[0].device_kind
+    return {**records.machine(), "device": device, "python": python, "jax": jax.__version__}
 
 
 def write(path: Path | None, record: dict) -> None:
