@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxedit.errors import JaxEditError
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import wide
+
+if TYPE_CHECKING:
+    from jaxedit.targets.anchor_plan import Shape
 
 # Of the memory that is free, what may be planned with: the rest is for fragments and for libraries' workspaces.
 USABLE = 0.9
@@ -42,23 +46,12 @@ class AnchorCost:
         return self.fixed + held * self.held + lanes * (self.lane + (self.copy if held > lanes else 0))
 
 
-def anchor_cost(
-    config: ModelConfig,
-    dtype,
-    layer: int,
-    *,
-    packed: int,
-    prefix: int,
-    suffix: int,
-    asks: int,
-    keep: tuple[str, ...],
-) -> AnchorCost:
+def anchor_cost(config: ModelConfig, dtype, layer: int, shape: Shape, keep: tuple[str, ...]) -> AnchorCost:
     """What `jaxedit.targets.anchor` takes for anchors at the output of `layer`.
 
-    packed, prefix, suffix: tokens of one edit: all of its rows, those before the decisive tokens, and those from
-    them on. asks: target tokens predicted. keep: the products kept for the backward pass (see `transformer.run`).
+    shape: tokens of one edit. keep: the products kept for the backward pass (see `transformer.run`).
 
-    An edit that is held has the keys and values of its prefix in every layer above, and the base model's
+    An edit that is held has the keys and values of its prefixes in every layer above, and the base model's
     distribution for the KL term. A lane has for each suffix token what `keep` names and the hidden state, in every
     layer; and on top of that either one layer at work or the logits at each ask and their gradient. Preparing an
     edit has one layer at work on all of its rows, which is half as much without a backward pass.
@@ -67,16 +60,17 @@ def anchor_cost(
     q, kv, above = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_layer - layer - 1
     widths = {"q": q, "k": kv, "v": kv, "o": c.d_model, "up": c.d_ff, "gate": c.d_ff if c.gated else 0}
     saved = c.d_model + sum(widths[name] for name in keep)
-    cache = 2 * above * prefix * kv * b
+    cache = 2 * above * shape.rows * shape.prefix * kv * b
 
-    def work(tokens: int, seen: int) -> int:
-        return tokens * (_WIDE * c.d_ff * b + _SCORES * c.n_head * seen * w)
+    def work(tokens: int, own: int, seen: int) -> int:
+        return tokens * _WIDE * c.d_ff * b + shape.rows * own * _SCORES * c.n_head * seen * w
 
-    step = above * suffix * saved * b + max(work(suffix, suffix + prefix), 2 * (asks + 1) * c.vocab * w)
+    at_work = work(shape.suffix, shape.tail, shape.prefix + shape.tail)
+    step = above * shape.suffix * saved * b + max(at_work, 2 * (shape.asks + 1) * c.vocab * w)
     return AnchorCost(
         fixed=_COPIES * max(c.d_ff, q) * c.d_model * b,
-        held=cache + suffix * c.d_model * b + c.vocab * w,
-        lane=max(step, work(packed, packed) // 2),
+        held=cache + shape.rows * shape.tail * c.d_model * b + c.vocab * w,
+        lane=max(step, work(shape.packed, shape.longest, shape.longest) // 2),
         copy=cache,
     )
 

@@ -60,6 +60,28 @@ def _vocabulary_backward(kept, cotangent):
 vocabulary_product.defvjp(_vocabulary_forward, _vocabulary_backward)
 
 
+@jax.custom_vjp
+def permute(x, order, inverse):
+    """``x[order]`` along the first axis, zeros where `order` is out of range.
+
+    `inverse` is the permutation back, by which the gradient is gathered: a scatter would be slow on a CPU and in no
+    fixed order on a GPU. So there is no forward-mode derivative of it.
+    """
+    return jnp.take(x, order, axis=0, mode="fill", fill_value=0)
+
+
+def _permute_forward(x, order, inverse):
+    return permute(x, order, inverse), (order, inverse)
+
+
+def _permute_backward(kept, cotangent):
+    order, inverse = kept
+    return permute(cotangent, inverse, order), None, None
+
+
+permute.defvjp(_permute_forward, _permute_backward)
+
+
 def norm(x, p, config: ModelConfig):
     """LayerNorm or RMSNorm over the last axis."""
     y = x.astype(wide(x.dtype))

@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxedit.models.config import ModelConfig
-from jaxedit.models.layers import activation, attend, linear, norm, rotary, visible, vocabulary_product, wide
+from jaxedit.models.layers import activation, attend, linear, norm, permute, rotary, visible, vocabulary_product, wide
 
 Params = dict[str, Any]
 
@@ -64,12 +64,36 @@ class Context:
 
     positions: jax.Array
     segments: jax.Array
+    ragged: Ragged | None = None
 
     @classmethod
     def of_mask(cls, mask) -> Context:
         """Right- or left-padded rows: `mask` is 1 at real tokens. Positions count real tokens from 0."""
         mask = jnp.asarray(mask, jnp.int32)
         return cls(jnp.maximum(jnp.cumsum(mask, -1) - 1, 0), mask)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths that lie end to end in one row of tokens, so that no product runs over padding.
+
+    Attention alone sees them as rows, padded to the longest. slots: ``[rows, longest]`` where a row's tokens lie;
+    back: ``[tokens]`` the flat index into `slots` of each token; out of range where there is none. rows: positions
+    and segments ``[rows, longest]``.
+    """
+
+    slots: jax.Array
+    back: jax.Array
+    rows: Context
+
+    def apart(self, x):
+        """``[1, tokens, …]`` to ``[rows, longest, …]``."""
+        return permute(x[0], self.slots.reshape(-1), self.back).reshape(*self.slots.shape, *x.shape[2:])
+
+    def together(self, x):
+        """``[rows, longest, …]`` to ``[1, tokens, …]``."""
+        return permute(x.reshape(-1, *x.shape[2:]), self.back, self.slots.reshape(-1))[None]
 
 
 @jax.tree_util.register_dataclass
@@ -125,11 +149,15 @@ def to_key(p: Params, config: ModelConfig, h, context: Context, window=None, pas
         q, k = norm(q, p["q_norm"], config), norm(k, p["k_norm"], config)
     if config.rope is not None:
         q, k = rotary(q, context.positions, config.rope), rotary(k, context.positions, config.rope)
+    ragged = context.ragged
+    if ragged is not None:
+        q, k, v, context = ragged.apart(q), ragged.apart(k), ragged.apart(v), ragged.rows
     at, seg = context.positions, context.segments
     if past is not None:
         past_k, past_v, there = past
         past = (past_k, past_v, visible(at, seg, there.positions, there.segments, window))
-    attended = product(attend(q, k, v, visible(at, seg, at, seg, window), config, past), "o")
+    seen = attend(q, k, v, visible(at, seg, at, seg, window), config, past)
+    attended = product(seen if ragged is None else ragged.together(seen), "o")
     if config.post_norms:
         attended = norm(attended, p["attn_post_norm"], config)
     stream = h + attended

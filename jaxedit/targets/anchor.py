@@ -8,9 +8,9 @@ with ‖δ‖ clamped to a multiple of ‖h‖ (Meng et al. 2023, `compute_z`). 
 steps are at most n - 1 updates.
 
 Nothing at or below the layer, and no token before the decisive one, depends on δ: their hidden states, keys and
-values are computed once. The optimiser runs only the suffix tokens through the layers above, packed without
-padding, and takes logits only where a target token is predicted. All edits of a bucket share one compiled loop on
-the device; an edit that has converged is frozen and its lane goes to the next one.
+values are computed once. The optimiser runs only the suffix tokens through the layers above, those of all edits end
+to end without padding, and takes logits only where a target token is predicted. All edits of a bucket share one
+compiled loop on the device; an edit that has converged is frozen and its lane goes to the next one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,24 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxedit.config import AnchorConfig
-from jaxedit.data.tokens import EditTokens
+from jaxedit.data.tokens import EditTokens, round_up
 from jaxedit.memory import USABLE, anchor_cost, free_bytes, lanes_that_fit, tokens_per_step
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import wide
-from jaxedit.models.transformer import Context, Params, Past, embed, run, unembed
+from jaxedit.models.transformer import Context, Params, Past, Ragged, embed, run, unembed
 from jaxedit.sharding import data_shards, mesh_of, over_data, place_rows
-from jaxedit.targets.anchor_plan import Plan, Shape, buckets, make_plan, shape_of, suffix_tokens
+from jaxedit.targets.anchor_plan import (
+    Places,
+    Plan,
+    Shape,
+    buckets,
+    make_plan,
+    n_asks,
+    places,
+    rows_of,
+    shape_of,
+    suffix_tokens,
+)
 
 
 class Anchors(NamedTuple):
@@ -42,7 +53,7 @@ class Anchors(NamedTuple):
 
     value, init: ``[n, d_model]``, the anchor and the unedited hidden state it started from; updates: ``[n]``
     Adam updates made; losses: ``[n, steps, 4]`` total, nll, weighted KL and weighted decay before each update,
-    NaN after the last; padding: tokens run per step over tokens that were needed.
+    NaN after the last; padding: tokens run in all steps over those of edits that were being optimised.
     """
 
     value: np.ndarray
@@ -56,7 +67,7 @@ class Anchors(NamedTuple):
         return self.losses[np.arange(len(self.updates)), self.updates, 0]
 
 
-_CPU_TOKENS, _ACCELERATOR_TOKENS = 160, 16384  # suffix tokens a step beyond which products get no faster
+_CPU_TOKENS, _ACCELERATOR_TOKENS = 640, 16384  # suffix tokens a step beyond which products get hardly faster
 # What of a layer is kept for the backward pass, from most memory and least work to least memory and most work
 KEPT = (("q", "k", "v", "o", "gate", "up"), ("q", "k", "v", "o", "gate"), ("q", "k", "v", "o"), ())
 
@@ -64,12 +75,13 @@ KEPT = (("q", "k", "v", "o", "gate", "up"), ("q", "k", "v", "o", "gate"), ("q", 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Fixed:
-    """What does not depend on δ, of some edits: hidden states of the suffix, what the tokens before it left in the
-    layers above (`past`), the state that δ is added to, and what the KL row said before."""
+    """What does not depend on δ, of some edits: hidden states of the suffixes ``[n, rows, tail, d_model]``, keys and
+    values of the tokens before them in the layers above ``[layers, n, rows, prefix, n_kv_head, head_dim]``, the
+    state that δ is added to, and what the KL row said before."""
 
     h: jax.Array
-    context: Context
-    past: Past
+    k: jax.Array
+    v: jax.Array
     init: jax.Array
     base_log_probs: jax.Array
 
@@ -89,42 +101,97 @@ def find_anchors(
     model), whatever the dtype of the weights.
     """
     mesh = mesh_of(params)
-    shards = data_shards(mesh)
     dtype = np.dtype(wide(params["embed"]["tokens"].dtype))
     n = len(edits)
     value, init = (np.zeros((n, config.d_model), dtype) for _ in range(2))
     updates, losses = np.zeros(n, np.int32), np.full((n, settings.steps, 4), np.nan, dtype)
-    needed = [suffix_tokens(e) for e in edits]
-    spent = 0
-    for members, size in buckets(needed, settings.bucket_growth):
-        share = -(-len(members) // shards)
-        shape = shape_of([edits[i] for i in members], size)
-        lanes, held, keep = _room(params, config, layer, shape, settings, share)
-        resident = held * shards
-        for at in range(0, len(members), resident):
-            chosen = members[at : at + resident]
-            plan = place_rows(make_plan([edits[i] for i in chosen], shape, resident), mesh)
+    spent = needed = 0
+    for bucket in arrange(params, config, edits, layer, settings):
+        resident = bucket.held * data_shards(mesh)
+        # Shard k takes edits k, k + shards, … so that each begins with its largest
+        order = np.arange(resident).reshape(bucket.held, -1).T.reshape(-1)
+        for at in range(0, len(bucket.members), resident):
+            chosen = bucket.members[at : at + resident]
+            plan = make_plan([edits[i] for i in chosen], bucket.shape, resident)
+            plan = place_rows(jax.tree.map(partial(np.take, indices=order, axis=0), plan), mesh)
+            sizes, keep = bucket.sizes, bucket.keep
             found = _optimise(
-                params, plan, config=config, layer=layer, settings=settings, lanes=lanes, keep=keep, mesh=mesh
+                params, plan, config=config, layer=layer, settings=settings, sizes=sizes, keep=keep, mesh=mesh
             )
-            start, delta, count, log = (np.asarray(x)[: len(chosen)] for x in found)
+            back = np.argsort(order)[: len(chosen)]
+            start, delta, count, log, steps = (np.asarray(x) for x in found)
+            start, delta, count, log = (x[back] for x in (start, delta, count, log))
             value[chosen], init[chosen], updates[chosen], losses[chosen] = start + delta, start, count, log
-            spent += size * len(chosen)
+            spent += bucket.sizes.tokens * int(steps.sum())
+            needed += sum(suffix_tokens(edits[i]) * (int(updates[i]) + 1) for i in chosen)
             if on_progress is not None:
                 on_progress(len(chosen))
-    return Anchors(value, init, updates, losses, spent / sum(needed))
+    return Anchors(value, init, updates, losses, spent / needed)
 
 
-def _room(params, config: ModelConfig, layer: int, shape: Shape, settings: AnchorConfig, share: int):
-    """How many of `share` edits to optimise together, how many to hold on the device, and what to keep of a layer.
+class Sizes(NamedTuple):
+    """What a program is compiled for, on each shard: edits optimised together, suffix tokens and asks of a step,
+    tokens of so many edits and those before the decisive ones, and the longest prefix and suffix of a row."""
 
-    As many tokens a step as are wanted, if memory allows, and then as little work done twice as it allows.
-    """
-    tokens = params["embed"]["tokens"]
-    free = free_bytes(next(iter(tokens.devices())))
+    lanes: int
+    tokens: int
+    asks: int
+    packed: int
+    before: int
+    prefix: int
+    tail: int
+
+
+class Bucket(NamedTuple):
+    """Edits that one program optimises: `members` of them, largest first, of which at most `held` are on the device
+    (a shard each); keep: see `run`."""
+
+    members: list[int]
+    shape: Shape
+    sizes: Sizes
+    held: int
+    keep: tuple[str, ...]
+
+
+def arrange(
+    params: Params, config: ModelConfig, edits: Sequence[EditTokens], layer: int, settings: AnchorConfig
+) -> list[Bucket]:
+    """The programs that `find_anchors` runs, by what the device has room for."""
+    shards = data_shards(mesh_of(params))
+    sizes = [suffix_tokens(e) for e in edits]
+    free = free_bytes(next(iter(params["embed"]["tokens"].devices())))
     wanted = settings.tokens_per_step or (_CPU_TOKENS if free is None else _ACCELERATOR_TOKENS)
-    most, keep = max(1, wanted // shape.suffix), KEPT[0]
-    costs = [anchor_cost(config, tokens.dtype, layer, **shape._asdict(), keep=keep) for keep in KEPT]
+    made = []
+    for members in buckets(sizes, settings.bucket_growth, wanted * shards):
+        some = [edits[i] for i in members]
+        share = [sizes[i] for i in members[::shards]]
+        most = max(1, int(np.searchsorted(np.cumsum(share), wanted, side="right")))
+        shape = shape_of(some)
+        lanes, held, keep = _room(params, config, layer, shape, settings, len(share), most, free)
+
+        def most_of(count, some=some, lanes=lanes) -> int:
+            return sum(sorted(map(count, some))[-lanes:])
+
+        step = Sizes(
+            lanes=lanes,
+            tokens=round_up(sum(share[:lanes]), 8),
+            asks=most_of(n_asks),
+            packed=most_of(lambda e: sum(len(r.tokens) for r in rows_of(e))),
+            before=max(1, most_of(lambda e: sum(r.lookup for r in rows_of(e)))),
+            prefix=shape.prefix,
+            tail=shape.tail,
+        )
+        made.append(Bucket(members, shape, step, held, keep))
+    return made
+
+
+def _room(params, config: ModelConfig, layer: int, shape: Shape, settings: AnchorConfig, share: int, most: int, free):
+    """How many of `share` edits to optimise together, at most `most`, how many to hold, and what to keep of a layer.
+
+    As many as memory allows, and then as little work done twice as it allows.
+    """
+    dtype, keep = params["embed"]["tokens"].dtype, KEPT[0]
+    costs = [anchor_cost(config, dtype, layer, shape, keep) for keep in KEPT]
     if free is not None:
         enough = (i for i, cost in enumerate(costs) if lanes_that_fit(cost, free) >= min(most, share))
         chosen = next(enough, len(KEPT) - 1)
@@ -138,15 +205,13 @@ def _room(params, config: ModelConfig, layer: int, shape: Shape, settings: Ancho
     return lanes, lanes * held, keep
 
 
-@partial(jax.jit, static_argnames=("config", "layer", "settings", "lanes", "keep", "mesh"))
-def _optimise(
-    params, plan: Plan, *, config: ModelConfig, layer: int, settings: AnchorConfig, lanes: int, keep, mesh: Mesh | None
-):
-    """Adam on all edits of `plan`, `lanes` of them at a time on each shard; the whole loop runs on the device.
+@partial(jax.jit, static_argnames=("config", "layer", "settings", "sizes", "keep", "mesh"))
+def _optimise(params, plan: Plan, *, config: ModelConfig, layer: int, settings, sizes: Sizes, keep, mesh: Mesh | None):
+    """Adam on all edits of `plan`; the whole loop runs on the device.
 
-    Returns ``(init [n, d_model], delta [n, d_model], updates [n], losses [n, steps, 4])``.
+    Returns ``(init [n, d_model], delta [n, d_model], updates [n], losses [n, steps, 4], steps of each shard)``.
     """
-    share = partial(_optimise_share, config=config, layer=layer, settings=settings, lanes=lanes, keep=keep)
+    share = partial(_optimise_share, config=config, layer=layer, settings=settings, sizes=sizes, keep=keep)
     return over_data(share, mesh)(params, plan)
 
 
@@ -161,12 +226,13 @@ class _Lanes(NamedTuple):
     stopped: jax.Array
 
 
-def _optimise_share(params, plan: Plan, *, config: ModelConfig, layer: int, settings: AnchorConfig, lanes: int, keep):
+def _optimise_share(params, plan: Plan, *, config: ModelConfig, layer: int, settings: AnchorConfig, sizes: Sizes, keep):
     """Two nested loops: the inner one makes steps until a lane is free and an edit waits for it; the outer one
     refills, which is when the lanes' inputs are copied."""
+    lanes = sizes.lanes
     n, rounds = len(plan.real), len(plan.real) // lanes
     grouped = jax.tree.map(lambda x: jnp.asarray(x).reshape(rounds, lanes, *x.shape[1:]), plan)
-    fixed = lax.map(lambda some: _prepare(params, config, some, layer), grouped)
+    fixed = lax.map(lambda some: _prepare(params, config, some, layer, sizes), grouped)
     init = fixed.init.reshape(n, -1)
     dtype = init.dtype
     adam = optax.adam(settings.lr)
@@ -178,8 +244,8 @@ def _optimise_share(params, plan: Plan, *, config: ModelConfig, layer: int, sett
         count = jnp.zeros(lanes, jnp.int32)
         return _Lanes(edit, delta, jax.vmap(adam.init)(delta), count, log, ~jnp.asarray(plan.real)[edit])
 
-    def step(now: _Lanes, here: _Fixed, where: Plan) -> _Lanes:
-        grad, terms = jax.grad(_loss, has_aux=True)(now.delta, params, config, here, where, layer, settings, keep)
+    def step(now: _Lanes, here: Step) -> _Lanes:
+        grad, terms = jax.grad(loss, has_aux=True)(now.delta, params, config, here, layer, settings, keep)
         active = ~now.stopped
         stop = now.stopped | (terms[:, 0] < settings.threshold) | (now.count == settings.steps - 1)
         change, moments = jax.vmap(adam.update)(grad, now.moments, now.delta)
@@ -192,29 +258,31 @@ def _optimise_share(params, plan: Plan, *, config: ModelConfig, layer: int, sett
         return _Lanes(now.edit, delta, moments, now.count + ~stop, log, stop)
 
     def refill(carry):
-        now, results, following = carry
+        now, results, following, steps = carry
         free = now.stopped
         waiting = following + jnp.cumsum(free) - 1
         fresh = free & (waiting < n)
         now = _where(fresh, begin(jnp.where(fresh, waiting, now.edit)), now)
         following = following + jnp.sum(fresh)
-        here, where = _pick(fixed, grouped, now.edit, lanes)
-        now = lax.while_loop(
-            lambda now: ~jnp.all(now.stopped) & ((following >= n) | ~jnp.any(now.stopped)),
-            lambda now: step(now, here, where),
-            now,
+        here = _end_to_end(*_pick(fixed, grouped, now.edit, lanes), sizes)
+        now, steps = lax.while_loop(
+            lambda x: ~jnp.all(x[0].stopped) & ((following >= n) | ~jnp.any(x[0].stopped)),
+            lambda x: (step(x[0], here), x[1] + 1),
+            (now, steps),
         )
         results = jax.tree.map(lambda all, some: all.at[now.edit].set(some), results, (now.delta, now.count, now.log))
-        return now, results, following
+        return now, results, following, steps
 
     first = begin(jnp.arange(lanes))
     empty = (
         jnp.zeros((n, config.d_model), dtype), jnp.zeros(n, jnp.int32), jnp.full((n, settings.steps, 4), jnp.nan, dtype)
     )  # fmt: skip
-    _, results, _ = lax.while_loop(
-        lambda carry: (carry[2] < n) | ~jnp.all(carry[0].stopped), refill, (first, empty, jnp.asarray(lanes))
+    _, results, _, steps = lax.while_loop(
+        lambda carry: (carry[2] < n) | ~jnp.all(carry[0].stopped),
+        refill,
+        (first, empty, jnp.asarray(lanes), jnp.zeros((), jnp.int32)),
     )
-    return init, *results
+    return init, *results, steps[None]
 
 
 def _where(chosen, new, old):
@@ -227,39 +295,110 @@ def _pick(fixed: _Fixed, grouped: Plan, edit, lanes: int) -> tuple[_Fixed, Plan]
     if len(fixed.init) == 1:
         return jax.tree.map(lambda x: x[0], (fixed, grouped))
     group, member = edit // lanes, edit % lanes
-    k, v = (jnp.moveaxis(x[group, :, member], 0, 1) for x in (fixed.past.k, fixed.past.v))
-    rest = dataclasses.replace(fixed, past=fixed.past.context), grouped
+    k, v = (jnp.moveaxis(x[group, :, member], 0, 1) for x in (fixed.k, fixed.v))
+    rest = (dataclasses.replace(fixed, k=fixed.init, v=fixed.init), grouped)
     here, where = jax.tree.map(lambda x: x[group, member], rest)
-    return dataclasses.replace(here, past=Past(k, v, here.past)), where
+    return dataclasses.replace(here, k=k, v=v), where
 
 
-def _prepare(params, config: ModelConfig, plan: Plan, layer: int) -> _Fixed:
+def _prepare(params, config: ModelConfig, plan: Plan, layer: int, sizes: Sizes) -> _Fixed:
     """Everything about some edits that no step changes."""
-    context = Context(jnp.asarray(plan.positions), jnp.asarray(plan.segments))
-    h = run(params, config, embed(params, config, plan.tokens, context), context, 0, layer + 1)
+    lanes, rows, longest = plan.tokens.shape
+    lengths, lookups = plan.lengths.reshape(-1), plan.lookups.reshape(-1)
+    context, at = _ragged(jnp.zeros_like(lookups), lengths, sizes.packed, longest)
+    tokens = plan.tokens.reshape(-1, longest)[at.owner, at.index][None]
+    h = run(params, config, embed(params, config, tokens, context), context, 0, layer + 1)
 
     def pick(index):
-        at = jnp.maximum(index, 0)
-        take = partial(jnp.take_along_axis, indices=at, axis=1)
-        there = Context(take(plan.positions), jnp.where(index < 0, 0, take(plan.segments)))
-        return jnp.take_along_axis(h, at[..., None], 1), there
+        """Hidden states ``[…, d_model]`` at places, zero where there are none."""
+        return jnp.take(h[0], index, axis=0, mode="fill", fill_value=0)
 
-    h_suffix, here = pick(plan.suffix)
-    h_prefix, before = pick(plan.prefix)
-    _, (k, v) = run(
-        params, config, h_prefix, before, layer + 1, config.n_layer, probe=lambda inside: (inside.k, inside.v)
+    before, there = _ragged(jnp.zeros_like(lookups), lookups, sizes.before, sizes.prefix)
+    h_before = pick(at.slots[there.owner, there.index])[None]
+    above = partial(run, params, config, start=layer + 1, stop=config.n_layer)
+    _, (k, v) = above(h_before, before, probe=lambda inside: (inside.k, inside.v))
+    k, v = (x.reshape(len(x), lanes, rows, *x.shape[2:]) for x in (k, v))
+
+    tail = jnp.minimum(lookups[:, None] + jnp.arange(sizes.tail), longest - 1)
+    suffix = pick(jnp.take_along_axis(at.slots, tail, 1)).reshape(lanes, rows, sizes.tail, -1)
+    seen = _rows(jnp.zeros_like(lookups), lookups, sizes.prefix)
+    seen = jax.tree.map(lambda x: x.reshape(lanes, rows, -1)[:, -1], seen)
+    last = Context(plan.lookups[:, -1:], jnp.ones_like(plan.lookups[:, -1:]))
+    h_last = above(suffix[:, -1, :1], last, past=Past(k[:, :, -1], v[:, :, -1], seen))
+    base = jax.nn.log_softmax(unembed(params, config, h_last)[:, 0])
+    return _Fixed(suffix, k, v, suffix[:, 0, 0].astype(wide(h.dtype)), base)
+
+
+def _rows(start, counts, longest: int) -> Context:
+    """Rows of `counts` tokens, padded to the longest; the first token stands at position `start`."""
+    item = jnp.arange(longest)
+    return Context(start[:, None] + item, (item < counts[:, None]).astype(jnp.int32))
+
+
+def _ragged(start, counts, length: int, longest: int) -> tuple[Context, Places]:
+    """The same rows end to end in `length` places."""
+    at = places(counts, length, longest)
+    context = Context((start[at.owner] + at.index)[None], at.used.astype(jnp.int32)[None])
+    return dataclasses.replace(context, ragged=Ragged(at.slots, at.back, _rows(start, counts, longest))), at
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the loss of the edits in the lanes is made of; their suffix tokens, and their asks, lie end to end.
+
+    h ``[1, tokens, d_model]``; lookups ``[lanes, rows]``: tokens that δ is added to, the KL row's last; asks, answers
+    ``[asks]``: tokens at which a target token is predicted, and which one; asked ``[lanes, most]``: each lane's asks.
+    Indices are out of range where there is none.
+    """
+
+    h: jax.Array
+    context: Context
+    past: Past
+    init: jax.Array
+    base_log_probs: jax.Array
+    lookups: jax.Array
+    asks: jax.Array
+    answers: jax.Array
+    asked: jax.Array
+    real: jax.Array
+
+
+def _end_to_end(fixed: _Fixed, plan: Plan, sizes: Sizes) -> Step:
+    """Lay the suffixes of the lanes' edits end to end, and their asks."""
+    lanes, rows, tail, _ = fixed.h.shape
+    contexts = rows - 1
+    lookups = plan.lookups.reshape(-1)
+    counts = plan.lengths.reshape(-1) - lookups
+    context, at = _ragged(lookups, counts, sizes.tokens, tail)
+    past = (x.reshape(len(x), lanes * rows, *x.shape[3:]) for x in (fixed.k, fixed.v))
+    # The last tokens of a row predict its target, in every context
+    asked = places(plan.n_target * contexts, sizes.asks, plan.targets.shape[1] * contexts)
+    targets = jnp.maximum(plan.n_target[asked.owner], 1)
+    row, which = asked.owner * rows + asked.index // targets, asked.index % targets
+    asks = at.slots[row, counts[row] - targets + which]
+    nowhere = at.slots.size + sizes.tokens + jnp.arange(sizes.asks)
+    return Step(
+        h=fixed.h.reshape(lanes * rows, tail, -1)[at.owner, at.index][None],
+        context=context,
+        past=Past(*past, _rows(jnp.zeros_like(lookups), lookups, sizes.prefix)),
+        init=fixed.init,
+        base_log_probs=fixed.base_log_probs,
+        lookups=at.slots[:, 0].reshape(lanes, rows),
+        asks=jnp.where(asked.used, asks, nowhere),
+        answers=plan.targets[asked.owner, which],
+        asked=asked.slots,
+        real=plan.real,
     )
-    init = h_suffix[:, 0].astype(wide(h.dtype))
-    fixed = _Fixed(h_suffix, here, Past(k, v, before), init, jnp.zeros(()))
-    log_probs = _logits(params, config, fixed, plan, layer, jnp.zeros_like(init), plan.essence[:, None])
-    return dataclasses.replace(fixed, base_log_probs=jax.nn.log_softmax(log_probs[:, 0]))
 
 
-def _logits(params, config: ModelConfig, fixed: _Fixed, plan: Plan, layer: int, delta, at, keep=None):
-    """Logits ``[lanes, q, vocab]`` at suffix indices `at`, with ``delta [lanes, d_model]`` added."""
-    h = fixed.h + jnp.where(plan.is_lookup[..., None], delta[:, None], 0).astype(fixed.h.dtype)
-    h = run(params, config, h, fixed.context, layer + 1, config.n_layer, past=fixed.past, keep=keep)
-    return unembed(params, config, jnp.take_along_axis(h, at[..., None], 1))
+def logits_at(delta, params, config: ModelConfig, step: Step, at, layer: int, keep=None):
+    """Logits ``[q, vocab]`` at the tokens `at`, all different, with ``delta [lanes, d_model]`` added."""
+    added = jnp.broadcast_to(delta[:, None].astype(step.h.dtype), (*step.lookups.shape, delta.shape[-1]))
+    h = step.h.at[0, step.lookups].add(added, mode="drop", unique_indices=True)
+    h = run(params, config, h, step.context, layer + 1, config.n_layer, past=step.past, keep=keep)
+    picked = jnp.take(h[0], at, axis=0, mode="fill", fill_value=0, unique_indices=True)
+    return unembed(params, config, picked)
 
 
 def safe_norm(x):
@@ -269,15 +408,16 @@ def safe_norm(x):
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
 
-def _loss(delta, params, config: ModelConfig, fixed: _Fixed, plan: Plan, layer: int, settings: AnchorConfig, keep):
+def loss(delta, params, config: ModelConfig, step: Step, layer: int, settings: AnchorConfig, keep):
     """Sum over lanes of the loss, and its terms ``[lanes, 4]``."""
-    at = jnp.concatenate([plan.asks, plan.essence[:, None]], 1)
-    logits = _logits(params, config, fixed, plan, layer, delta, at, keep)
+    n = len(step.asks)
+    logits = logits_at(delta, params, config, step, jnp.concatenate([step.asks, step.lookups[:, -1]]), layer, keep)
     log_sums = jax.nn.logsumexp(logits, -1)
-    chosen = jnp.take_along_axis(logits[:, :-1], plan.answers[..., None], 2)[..., 0] - log_sums[:, :-1]
-    nll = -jnp.sum(plan.weights.astype(chosen.dtype) * chosen, -1)
-    now = logits[:, -1] - log_sums[:, -1:]
-    kl = settings.kl_weight * jnp.sum(jnp.exp(now) * (now - fixed.base_log_probs), -1)
-    decay = settings.weight_decay * safe_norm(delta) / jnp.sum(fixed.init**2, -1)
+    chosen = logits[jnp.arange(n), step.answers] - log_sums[:n]
+    own = jnp.take(chosen, step.asked, mode="fill", fill_value=0, unique_indices=True)
+    nll = -jnp.sum(own, -1) / jnp.maximum(jnp.sum(step.asked < n, -1), 1)
+    now = logits[n:] - log_sums[n:, None]
+    kl = settings.kl_weight * jnp.sum(jnp.exp(now) * (now - step.base_log_probs), -1)
+    decay = settings.weight_decay * safe_norm(delta) / jnp.sum(step.init**2, -1)
     total = nll + kl + decay
-    return jnp.sum(jnp.where(plan.real, total, 0)), jnp.stack([total, nll, kl, decay], -1)
+    return jnp.sum(jnp.where(step.real, total, 0)), jnp.stack([total, nll, kl, decay], -1)

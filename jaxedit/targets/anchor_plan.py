@@ -1,4 +1,4 @@
-"""Where things stand in the packed rows of many edits: what the anchor optimiser's arrays are indexed with."""
+"""The rows of many edits as arrays, and where things lie in them: what the anchor optimiser is given."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.data.tokens import EditTokens, Packed, pack, round_up
+from jaxedit.data.tokens import EditTokens, Row, round_up
 
 Array = jax.Array | np.ndarray
 
@@ -17,24 +18,24 @@ Array = jax.Array | np.ndarray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where things stand in the packed rows of n edits; the leading axis of every field is the edit.
+    """The rows of n edits: the prompt and target in each context, and last the row of the KL term.
 
-    suffix, prefix: indices into the packed row, -1 where there is none. asks: indices into the suffix at which a
-    target token `answers` is predicted, with `weights` that make the sum over asks the published mean. essence:
-    index into the suffix of the KL row's decisive token.
+    tokens: ``[n, rows, longest]``; lengths, lookups: ``[n, rows]`` tokens of a row, and the index of its decisive
+    token. targets: ``[n, most]``, `n_target` of them. real: False where there is no edit.
     """
 
     tokens: Array
-    positions: Array
-    segments: Array
-    suffix: Array
-    prefix: Array
-    is_lookup: Array
-    asks: Array
-    answers: Array
-    weights: Array
-    essence: Array
+    lengths: Array
+    lookups: Array
+    targets: Array
+    n_target: Array
     real: Array
+
+
+def rows_of(edit: EditTokens) -> tuple[Row, ...]:
+    """All rows of an edit; of the KL term's nothing is read after the decisive token."""
+    last = edit.essence
+    return (*edit.contexts, dataclasses.replace(last, tokens=last.tokens[: last.lookup + 1]))
 
 
 def suffix_tokens(edit: EditTokens) -> int:
@@ -42,73 +43,101 @@ def suffix_tokens(edit: EditTokens) -> int:
     return sum(len(r.tokens) - r.lookup for r in edit.contexts) + 1
 
 
-def buckets(sizes: Sequence[int], growth: float) -> list[tuple[list[int], int]]:
-    """Group edits by suffix size: ``(members, largest size)``. The largest is at most about `growth` · the smallest."""
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+def n_asks(edit: EditTokens) -> int:
+    """Target tokens that are predicted: each one in each context."""
+    return len(edit.target) * len(edit.contexts)
+
+
+def buckets(sizes: Sequence[int], growth: float, tokens: int) -> list[list[int]]:
+    """Group edits by suffix size, largest first: what is optimised by one program.
+
+    The largest of a bucket is at most about `growth` · the smallest, so that the room that an edit leaves is not
+    much too large for the next one; edits that fit into one step of `tokens` stay together whatever their sizes.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     groups: list[list[int]] = []
+    held = 0
     for i in order:
-        if not groups or sizes[i] > growth * sizes[groups[-1][0]] + 4:
+        if not groups or (held + sizes[i] > tokens and sizes[groups[-1][0]] > growth * sizes[i] + 4):
             groups.append([])
+            held = 0
         groups[-1].append(i)
-    return [(sorted(g), max(sizes[i] for i in g)) for g in groups]
+        held += sizes[i]
+    return groups
 
 
 class Shape(NamedTuple):
-    """Sizes that all rounds of a bucket share, so that one compiled loop serves them."""
+    """The largest edit of a bucket in each respect, so that one compiled program serves them all.
 
-    packed: int
+    rows: of an edit; longest, prefix, tail: tokens of a row, before the decisive token, and from it on. packed,
+    before, suffix: the same three summed over the rows of an edit. asks: target tokens predicted; targets: of them
+    in one row.
+    """
+
+    rows: int
+    longest: int
     prefix: int
+    tail: int
+    packed: int
+    before: int
     suffix: int
     asks: int
+    targets: int
 
 
-def shape_of(edits: Sequence[EditTokens], suffix: int) -> Shape:
-    rows = [(*e.contexts, e.essence) for e in edits]
+def shape_of(edits: Sequence[EditTokens]) -> Shape:
+    every = [rows_of(e) for e in edits]
+    rows = [r for each in every for r in each]
     return Shape(
-        packed=round_up(max(sum(len(r.tokens) for r in each) for each in rows), 16),
-        prefix=round_up(max(sum(r.lookup for r in each) for each in rows) or 1, 16),
-        suffix=suffix,
-        asks=max(len(e.target) for e in edits) * len(edits[0].contexts),
+        rows=len(every[0]),
+        longest=round_up(max(len(r.tokens) for r in rows), 8),
+        prefix=round_up(max(r.lookup for r in rows) or 1, 8),
+        tail=round_up(max(len(r.tokens) - r.lookup for r in rows), 4),
+        packed=max(sum(len(r.tokens) for r in each) for each in every),
+        before=max(sum(r.lookup for r in each) for each in every),
+        suffix=max(map(suffix_tokens, edits)),
+        asks=max(map(n_asks, edits)),
+        targets=max(len(e.target) for e in edits),
     )
 
 
 def make_plan(edits: Sequence[EditTokens], shape: Shape, n: int) -> Plan:
     """The plan of `edits`, filled up to `n` with edits that are done from the start."""
-    rows: Packed = pack([(*e.contexts, e.essence) for e in edits], multiple=shape.packed)
-    n_context, size, n_prefix, n_asks = len(edits[0].contexts), shape.suffix, shape.prefix, shape.asks
-    suffix, prefix = np.full((n, size), -1, np.int32), np.full((n, n_prefix), -1, np.int32)
-    asks, answers = np.zeros((n, n_asks), np.int32), np.zeros((n, n_asks), np.int32)
-    weights, essence = np.zeros((n, n_asks), np.float64), np.zeros(n, np.int32)
+    tokens = np.zeros((n, shape.rows, shape.longest), np.int32)
+    lengths, lookups = (np.zeros((n, shape.rows), np.int32) for _ in range(2))
+    targets, n_target = np.zeros((n, shape.targets), np.int32), np.zeros(n, np.int32)
     for i, edit in enumerate(edits):
-        s = p = a = 0
-        begin = rows.lookup[i] - [r.lookup for r in (*edit.contexts, edit.essence)]
-        for j, row in enumerate(edit.contexts):
-            tail = len(row.tokens) - row.lookup
-            suffix[i, s : s + tail] = rows.lookup[i, j] + np.arange(tail)
-            prefix[i, p : p + row.lookup] = begin[j] + np.arange(row.lookup)
-            s, p, t = s + tail, p + row.lookup, len(edit.target)
-            asks[i, a : a + t] = s - t + np.arange(t)
-            answers[i, a : a + t] = edit.target
-            weights[i, a : a + t] = 1 / (t * n_context)
-            a += t
-        suffix[i, s], essence[i] = rows.lookup[i, -1], s
-        prefix[i, p : p + edit.essence.lookup] = begin[-1] + np.arange(edit.essence.lookup)
-    spare = n - len(edits)
+        for j, row in enumerate(rows_of(edit)):
+            tokens[i, j, : len(row.tokens)] = row.tokens
+            lengths[i, j], lookups[i, j] = len(row.tokens), row.lookup
+        targets[i, : len(edit.target)], n_target[i] = edit.target, len(edit.target)
+    return Plan(tokens, lengths, lookups, targets, n_target, np.arange(n) < len(edits))
 
-    def padded(x):
-        return np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1))
 
-    is_lookup = (suffix[:, :, None] == padded(rows.lookup)[:, None, :]).any(-1) & (suffix >= 0)
-    return Plan(
-        tokens=padded(rows.tokens),
-        positions=padded(rows.positions),
-        segments=padded(rows.segments),
-        suffix=suffix,
-        prefix=prefix,
-        is_lookup=is_lookup,
-        asks=asks,
-        answers=answers,
-        weights=weights,
-        essence=essence,
-        real=np.arange(n) < len(edits),
-    )
+class Places(NamedTuple):
+    """Items of several owners end to end in one array of a fixed length.
+
+    owner, index: ``[length]`` whose item a place holds, and which of its items; in range, but without meaning, where
+    the place is not `used`. slots: ``[owners, most]`` the place of each item, and back: ``[length]`` the flat index
+    into `slots` of each place; both out of range, each in its own way, where there is none.
+    """
+
+    owner: jax.Array
+    index: jax.Array
+    used: jax.Array
+    slots: jax.Array
+    back: jax.Array
+
+
+def places(counts: jax.Array, length: int, most: int) -> Places:
+    """Where items stand: ``counts[i]``, at most `most`, of owner i; together at most `length`. May be traced."""
+    owners = len(counts)
+    ends = jnp.cumsum(counts)
+    starts = ends - counts
+    place, item = jnp.arange(length), jnp.arange(most)
+    owner = jnp.minimum(jnp.searchsorted(ends, place, side="right"), owners - 1)
+    index, used = place - starts[owner], place < ends[-1]
+    none = length + jnp.arange(owners * most).reshape(owners, most)
+    slots = jnp.where(item < counts[:, None], starts[:, None] + item, none)
+    back = jnp.where(used, owner * most + index, owners * most + place)
+    return Places(owner, jnp.minimum(index, most - 1), used, slots, back)

@@ -210,7 +210,7 @@ def test_anchors_do_not_depend_on_batching(goldens, name, changes):
     together, apart = case.anchors(layer, 20), case.anchors(layer, 20, **changes)
     if name == "tiny-llama":
         assert len(set(together.updates)) > 3  # edits stop at different times, so lanes are refilled midway
-        groups = buckets([suffix_tokens(e) for e in case.edits], changes["bucket_growth"])
+        groups = buckets([suffix_tokens(e) for e in case.edits], changes["bucket_growth"], changes["tokens_per_step"])
         assert [(len(members), changes["tokens_per_step"] // size) for members, size in groups] == [(7, 3), (1, 3)]
     np.testing.assert_array_equal(apart.updates, together.updates)
     assert error(apart.value, together.value) <= 1e-12
