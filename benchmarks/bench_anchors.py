@@ -33,7 +33,7 @@ def jax_tasks(backend, work: workload.Workload, steps: int):
     from jaxedit.data.templates import sample_templates
     from jaxedit.data.tokens import check_templates, validate
     from jaxedit.targets import anchor
-    from jaxedit.targets.anchor_plan import buckets, shape_of, suffix_tokens
+    from jaxedit.targets.anchor_plan import suffix_tokens
 
     model, tokenizer = workload.jax_model(work)
     config = model.config
@@ -55,7 +55,7 @@ def jax_tasks(backend, work: workload.Workload, steps: int):
         layer, chosen = settings(threshold)
         made = edits(templates)
         return {
-            "used": flops.anchors_used(config, made, updates, layer, chosen),
+            "used": flops.anchors_used(config, made, updates, layer),
             "published": flops.anchors_naive(config, made, updates, layer),
             "baseline": flops.anchors_naive(config, made, updates, layer, all_logits=False),
             "layer": layer,
@@ -66,12 +66,11 @@ def jax_tasks(backend, work: workload.Workload, steps: int):
     def step_products(templates):
         """Of each bucket: the products of one of its steps, edits in a step, and its edits."""
         layer, chosen = settings(None)
-        made, found = edits(templates), []
-        for members, size in buckets([suffix_tokens(e) for e in made], chosen.bucket_growth):
-            shape = shape_of([made[i] for i in members], size)
-            lanes = anchor._room(model.params, config, layer, shape, chosen, len(members))[0]
-            some = flops.loop_products(config, layer, lanes * shape.suffix, lanes * (shape.asks + 1), False)
-            found.append((some, lanes, len(members)))
+        found = []
+        for bucket in anchor.arrange(model.params, config, edits(templates), layer, chosen):
+            sizes = bucket.sizes
+            some = flops.loop_products(config, layer, sizes.tokens, sizes.asks + sizes.lanes, False)
+            found.append((some, sizes.lanes, len(bucket.members)))
         return found
 
     def naive_products(templates):
@@ -184,7 +183,7 @@ def compare(results: Results, args, work, templates, mode: str, ours: Side, thei
         }
         if side == "jaxedit":
             found |= {
-                "padding": value["padding"],
+                "tokens_run_over_needed": value["padding"],
                 "flops_used_over_published": counted["used"] / counted["published"],
                 "flops_used_over_baseline": counted["used"] / counted["baseline"],
             }
@@ -268,7 +267,7 @@ def alone(results: Results, args, work, templates, ours: Side, theirs: Side):
         f"({1 / a.found['flops_used_over_published']:.2f} times less than the published procedure with logits at every "
         f"position), at {rates:.2f} times the baseline's rate, which makes {count * rates:.2f} times faster. Matrix "
         f"products alone are {share['jaxedit']} of jaxedit's step and {share['torch']} of the baseline's; the rest is "
-        "attention, norms, softmax, copies, the optimiser, and in jaxedit padding, lanes without work and what is done "
+        "attention, norms, softmax, copies, the optimiser, and in jaxedit lanes without work and what is done "
         "once per edit."
     )
 

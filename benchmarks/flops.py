@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jaxedit.data.tokens import EditTokens
 from jaxedit.models.config import ModelConfig
-from jaxedit.targets.anchor_plan import buckets, shape_of, suffix_tokens
+from jaxedit.targets.anchor_plan import n_asks, rows_of, suffix_tokens
 
 ANCHORS_USED = (
     "2 per weight and token: every row once up to the anchor layer, its prefix once through the layers above, and per "
@@ -40,16 +40,16 @@ def layer_flops(config: ModelConfig) -> int:
     return 2 * weights
 
 
-def anchors_used(config: ModelConfig, edits: Sequence[EditTokens], updates, layer: int, settings) -> float:
-    """What jaxedit's anchor stage multiplies for its edits; padding of tokens included, idle lanes not."""
+def anchors_used(config: ModelConfig, edits: Sequence[EditTokens], updates, layer: int) -> float:
+    """What jaxedit's anchor stage has to multiply for these edits; lanes that run on without work left out."""
     above, per_layer = config.n_layer - layer - 1, layer_flops(config)
     logit = 2 * config.d_model * config.vocab
     total = 0.0
-    for members, size in buckets([suffix_tokens(e) for e in edits], settings.bucket_growth):
-        shape = shape_of([edits[i] for i in members], size)
-        total += per_layer * len(members) * ((layer + 1) * shape.packed + above * shape.prefix)
-        evaluations = sum(int(updates[i]) + 1 for i in members)
-        total += evaluations * 2 * (per_layer * above * shape.suffix + logit * (shape.asks + 1))
+    for e, made in zip(edits, updates, strict=True):
+        rows = rows_of(e)
+        packed, before = sum(len(r.tokens) for r in rows), sum(r.lookup for r in rows)
+        total += per_layer * ((layer + 1) * packed + above * (before + 1)) + logit
+        total += (int(made) + 1) * 2 * (per_layer * above * suffix_tokens(e) + logit * (n_asks(e) + 1))
     return total
 
 

@@ -58,12 +58,18 @@ _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 class Sizes:
     """Tokens of one edit in each of its shapes; about what CounterFact has with six contexts of Llama-3's tokens."""
 
+    longest: int = 32
+    prefix: int = 24
+    tail: int = 8
     packed: int = 160
-    prefix: int = 128
+    before: int = 128
     suffix: int = 40
     asks: int = 12
     keys: int = 96  # rows cut at the decisive token, without the clean prompt
     clean: int = 24
+
+
+ROWS = 7  # six contexts and the KL term's
 
 
 # Lanes, edits held, layer, what is kept, and other sizes, to compare the estimate with
@@ -72,11 +78,11 @@ _TRIED = (
     (64, 64, 4, 3, {}),
     (16, 64, 4, 1, {}),
     (16, 16, 4, 0, {}),
-    (64, 64, 4, 1, {"suffix": 24}),
-    (32, 32, 4, 0, {"suffix": 80, "packed": 240, "prefix": 160}),
-    (64, 64, 8, 2, {"asks": 42, "suffix": 72}),
+    (64, 64, 4, 1, {"suffix": 24, "tail": 4}),
+    (32, 32, 4, 0, {"suffix": 80, "tail": 16, "packed": 240, "before": 160, "longest": 40}),
+    (64, 64, 8, 2, {"asks": 42, "suffix": 72, "tail": 12}),
     (64, 64, 27, 0, {}),
-    (64, 64, 30, 1, {"asks": 1, "packed": 320, "prefix": 288}),
+    (64, 64, 30, 1, {"asks": 6, "packed": 400, "before": 360, "longest": 72, "prefix": 64}),
 )
 
 
@@ -148,26 +154,43 @@ def anchors(at: Planner, sizes: Sizes, lanes: int, edits: int, layer: int, keep:
     from jaxedit.memory import anchor_cost
     from jaxedit.presets import method_for
     from jaxedit.targets import anchor
-    from jaxedit.targets.anchor_plan import Plan
+    from jaxedit.targets.anchor_plan import Plan, Shape
 
+    targets = sizes.asks // (ROWS - 1)
+    shape = Shape(
+        ROWS,
+        sizes.longest,
+        sizes.prefix,
+        sizes.tail,
+        sizes.packed,
+        sizes.before,
+        sizes.suffix,
+        sizes.asks,
+        targets,
+    )
     i32, n = jnp.int32, edits
     plan = Plan(
-        **{name: at.array((n, sizes.packed), i32) for name in ("tokens", "positions", "segments")},
-        suffix=at.array((n, sizes.suffix), i32),
-        prefix=at.array((n, sizes.prefix), i32),
-        is_lookup=at.array((n, sizes.suffix), jnp.bool_),
-        asks=at.array((n, sizes.asks), i32),
-        answers=at.array((n, sizes.asks), i32),
-        weights=at.array((n, sizes.asks), jnp.float32),
-        essence=at.array((n,), i32),
+        tokens=at.array((n, ROWS, sizes.longest), i32),
+        lengths=at.array((n, ROWS), i32),
+        lookups=at.array((n, ROWS), i32),
+        targets=at.array((n, targets), i32),
+        n_target=at.array((n,), i32),
         real=at.array((n,), jnp.bool_),
     )
     settings = method_for("fe", at.config).anchor
-    static = dict(config=at.config, layer=layer, settings=settings, lanes=lanes, keep=keep, mesh=None)
+    step = anchor.Sizes(
+        lanes=lanes,
+        tokens=lanes * sizes.suffix,
+        asks=lanes * sizes.asks,
+        packed=lanes * sizes.packed,
+        before=lanes * sizes.before,
+        prefix=sizes.prefix,
+        tail=sizes.tail,
+    )
+    static = dict(config=at.config, layer=layer, settings=settings, sizes=step, keep=keep, mesh=None)
     name = f"anchors at {layer}, {lanes} of {edits} x {sizes.suffix}, keep {'+'.join(keep) or 'nothing'}"
     made = at.stage(name, anchor._optimise, at.params, plan, **static)
-    fields = {name: getattr(sizes, name) for name in ("packed", "prefix", "suffix", "asks")}
-    cost = anchor_cost(at.config, at.dtype, layer, keep=keep, **fields)
+    cost = anchor_cost(at.config, at.dtype, layer, shape, keep)
     return dataclasses.replace(made, estimate=at.weights + cost.total(lanes, edits))
 
 

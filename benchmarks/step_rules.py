@@ -25,7 +25,7 @@ import jaxedit as je
 from jaxedit.data.templates import sample_templates
 from jaxedit.data.tokens import check_templates, validate
 from jaxedit.targets import anchor
-from jaxedit.targets.anchor_plan import make_plan, shape_of, suffix_tokens
+from jaxedit.targets.anchor_plan import make_plan
 from jaxedit.targets.strategies import replay
 
 MEASURES = (
@@ -120,22 +120,22 @@ def rules(lr: float, size: float, steps: int) -> dict[str, Rule]:
     }
 
 
-@partial(jax.jit, static_argnames=("config", "layer"))
-def prepared(params, config, plan, layer):
-    return anchor._prepare(params, config, plan, layer)
+@partial(jax.jit, static_argnames=("config", "layer", "sizes"))
+def prepared(params, config, plan, layer, sizes):
+    return anchor._end_to_end(anchor._prepare(params, config, plan, layer, sizes), plan, sizes)
 
 
 def make_step(rule: Rule, config, layer: int, settings: je.AnchorConfig):
-    """One step of all lanes, compiled: ``(params, fixed, plan, δ, state) -> (losses before it, δ, state)``."""
+    """One step of all edits, compiled: ``(params, edits, δ, state) -> (losses before it, δ, state)``."""
+    fixed: dict[str, Any] = {"layer": layer, "settings": settings, "keep": anchor.KEPT[0]}
 
     @jax.jit
-    def step(params, fixed, plan, delta, state):
-        loss = partial(anchor._loss, fixed=fixed, plan=plan, layer=layer, settings=settings, keep=anchor.KEPT[0])
-        gradient, terms = jax.grad(loss, has_aux=True)(delta, params, config)
-        product = curvature(params, config, fixed, plan, layer, delta) if rule.products else None
+    def step(params, edits: anchor.Step, delta, state):
+        gradient, terms = jax.grad(anchor.loss, has_aux=True)(delta, params, config, edits, **fixed)
+        product = curvature(params, config, edits, layer, delta) if rule.products else None
         change, state = rule.update(gradient, state, delta, product)
         new = delta + change
-        most = settings.clamp * anchor.safe_norm(fixed.init)
+        most = settings.clamp * anchor.safe_norm(edits.init)
         norm = anchor.safe_norm(new)
         new = new * jnp.where(norm > most, most / jnp.where(norm == 0, 1, norm), 1)[:, None]
         return terms, new, state
@@ -143,33 +143,36 @@ def make_step(rule: Rule, config, layer: int, settings: je.AnchorConfig):
     return step
 
 
-def curvature(params, config, fixed, plan, layer: int, delta):
-    """Products of all lanes with the Gauss-Newton matrix of the target's negative log likelihood."""
+def curvature(params, config, edits: anchor.Step, layer: int, delta):
+    """Products of all edits with the Gauss-Newton matrix of the target's negative log likelihood."""
 
     def ask(delta):
-        return anchor._logits(params, config, fixed, plan, layer, delta, jnp.asarray(plan.asks), anchor.KEPT[0])
+        return anchor.logits_at(delta, params, config, edits, edits.asks, layer, anchor.KEPT[0])
 
-    logits, forward = jax.linearize(ask, delta)
-    backward = jax.linear_transpose(forward, delta)
+    logits, backward = jax.vjp(ask, delta)
+    # The model has reverse derivatives only; the derivative of the linear `backward` is the forward one
+    _, forward = jax.vjp(lambda y: backward(y)[0], jnp.zeros_like(logits))
     p = jax.nn.softmax(logits, -1)
-    weights = jnp.asarray(plan.weights, p.dtype)[..., None]
+    n = len(edits.asks)
+    weight = 1 / jnp.maximum(jnp.sum(edits.asked < n, -1, keepdims=True), 1)
+    weights = jnp.zeros(n).at[edits.asked].set(jnp.broadcast_to(weight, edits.asked.shape), mode="drop")[:, None]
 
     def product(x):
-        y = forward(x)
+        (y,) = forward(x)
         return backward(weights * p * (y - jnp.sum(p * y, -1, keepdims=True)))[0]
 
     return product
 
 
-def optimise(rule: Rule, params, config, plan, fixed, layer: int, settings: je.AnchorConfig):
+def optimise(rule: Rule, params, config, edits: anchor.Step, layer: int, settings: je.AnchorConfig):
     """δ ``[n, d]``, evaluations ``[n]`` until the threshold or the limit, and losses ``[evaluations, n]``."""
     step = make_step(rule, config, layer, settings)
-    delta = jnp.zeros_like(fixed.init)
+    delta = jnp.zeros_like(edits.init)
     state = rule.init(delta)
     kept, best, spent = np.zeros(delta.shape), np.full(len(delta), np.inf), np.zeros(len(delta), int)
     running, losses = np.ones(len(delta), bool), []
     while running.any():
-        terms, new, state = step(params, fixed, plan, delta, state)
+        terms, new, state = step(params, edits, delta, state)
         loss = np.asarray(terms[:, 0])
         spent[running] += 1
         kept[running], best[running] = np.asarray(delta)[running], loss[running]
@@ -190,17 +193,18 @@ def main():
     layer, settings = method.layers[0], method.anchor
     templates = sample_templates(model, tokenizer, 0)
     edits = validate(tokenizer, requests, check_templates(templates), model.config.max_positions)
-    shape = shape_of(edits, max(suffix_tokens(e) for e in edits))
-    plan = make_plan(edits, shape, len(edits))
-    plan = jax.tree.map(jnp.asarray, plan)
-    fixed = prepared(model.params, model.config, plan, layer)
+    together = dataclasses.replace(settings, tokens_per_step=1_000_000)
+    (bucket,) = anchor.arrange(model.params, model.config, edits, layer, together)
+    edits, requests = ([x[i] for i in bucket.members] for x in (edits, requests))
+    plan = jax.tree.map(jnp.asarray, make_plan(edits, bucket.shape, len(edits)))
+    fixed = prepared(model.params, model.config, plan, layer, bucket.sizes)
     size = float(np.linalg.norm(fixed.init, axis=-1).mean())
     rows = []
     print(HEADER)
     for name, rule in rules(settings.lr, size, settings.steps).items():
         if args.only and not any(part in name for part in args.only):
             continue
-        delta, spent, losses = optimise(rule, model.params, model.config, plan, fixed, layer, settings)
+        delta, spent, losses = optimise(rule, model.params, model.config, fixed, layer, settings)
         row: dict[str, Any] = {
             "rule": name,
             "mean_evaluations": float(spent.mean()),

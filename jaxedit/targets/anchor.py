@@ -371,7 +371,7 @@ def _end_to_end(fixed: _Fixed, plan: Plan, sizes: Sizes) -> Step:
     lookups = plan.lookups.reshape(-1)
     counts = plan.lengths.reshape(-1) - lookups
     context, at = _ragged(lookups, counts, sizes.tokens, tail)
-    past = (x.reshape(len(x), lanes * rows, *x.shape[3:]) for x in (fixed.k, fixed.v))
+    k, v = (x.reshape(len(x), lanes * rows, *x.shape[3:]) for x in (fixed.k, fixed.v))
     # The last tokens of a row predict its target, in every context
     asked = places(plan.n_target * contexts, sizes.asks, plan.targets.shape[1] * contexts)
     targets = jnp.maximum(plan.n_target[asked.owner], 1)
@@ -381,7 +381,7 @@ def _end_to_end(fixed: _Fixed, plan: Plan, sizes: Sizes) -> Step:
     return Step(
         h=fixed.h.reshape(lanes * rows, tail, -1)[at.owner, at.index][None],
         context=context,
-        past=Past(*past, _rows(jnp.zeros_like(lookups), lookups, sizes.prefix)),
+        past=Past(k, v, _rows(jnp.zeros_like(lookups), lookups, sizes.prefix)),
         init=fixed.init,
         base_log_probs=fixed.base_log_probs,
         lookups=at.slots[:, 0].reshape(lanes, rows),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxedit.data.tokens import EditTokens, Row, round_up
 
-Array = jax.Array | np.ndarray
+Array = Any  # NumPy's on the host, JAX's within a program
 
 
 @jax.tree_util.register_dataclass

@@ -18,6 +18,7 @@ from jaxedit.memory import USABLE, anchor_cost, lanes_that_fit, tokens_per_step
 from jaxedit.models.checkpoint import SafetensorsCheckpoint
 from jaxedit.models.conversion import flatten
 from jaxedit.models.hub import read_decoder
+from jaxedit.targets.anchor_plan import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -228,9 +229,9 @@ def test_reading_parts_gives_what_whole_tensors_give(goldens, name):
 def test_cost_of_anchors_is_what_its_arrays_take(decoder):
     """Of the parts that can be counted by hand; benchmarks/memory_plan.py compares the whole with the compiler."""
     config = decoder("logits_only/qwen2").config
-    sizes = dict(packed=64, prefix=32, suffix=48, asks=3)
+    shape = Shape(rows=2, longest=32, prefix=16, tail=24, packed=64, before=30, suffix=48, asks=3, targets=1)
     costs = [
-        anchor_cost(config, dtype, 0, **sizes, keep=keep)
+        anchor_cost(config, dtype, 0, shape, keep)
         for dtype, keep in (("float32", ("q", "gate")), ("float32", ("q",)), ("bfloat16", ("q",)))
     ]
     above = config.n_layer - 1

@@ -1,6 +1,7 @@
 """From text to token rows: the decisive token, targets, templates, packing, and which requests are refused."""
 
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -22,7 +23,7 @@ from jaxedit.data.tokens import (
     validate,
 )
 from jaxedit.errors import JaxEditError, RequestError
-from jaxedit.targets.anchor_plan import buckets
+from jaxedit.targets.anchor_plan import buckets, places
 from jaxedit.types import EditRequest
 
 often = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -237,17 +238,40 @@ def test_chunks_have_one_shape_and_lose_nothing(n, length):
 
 
 @often
-@given(sizes=st.lists(st.integers(1, 500), min_size=1, max_size=60), growth=st.sampled_from([1.0, 1.25, 3.0]))
-def test_buckets_hold_every_edit_once(sizes, growth):
-    found = buckets(sizes, growth)
-    assert sorted(i for members, _ in found for i in members) == list(range(len(sizes)))
-    for members, size in found:
-        inside = [sizes[i] for i in members]
-        assert size == max(inside)
-        assert max(inside) <= growth * min(inside) + 4
+@given(
+    sizes=st.lists(st.integers(1, 500), min_size=1, max_size=60),
+    growth=st.sampled_from([1.0, 1.25, 3.0]),
+    tokens=st.sampled_from([1, 300, 2000]),
+)
+def test_buckets_hold_every_edit_once(sizes, growth, tokens):
+    found = buckets(sizes, growth, tokens)
+    assert sorted(i for members in found for i in members) == list(range(len(sizes)))
+    held = [[sizes[i] for i in members] for members in found]
+    assert [x for bucket in held for x in bucket] == sorted(sizes, reverse=True)
+    for bucket in held:
+        # beyond one step's tokens all are about as large as the first
+        beyond = [x for x, total in zip(bucket, np.cumsum(bucket), strict=True) if total > tokens]
+        assert all(bucket[0] <= growth * x + 4 for x in beyond)
     # a bucket more would have been needed: no two neighbours fit into one
-    for (a, _), (b, _) in zip(found, found[1:], strict=False):
-        assert max(sizes[i] for i in b) > growth * min(sizes[i] for i in a) + 4
+    for a, b in zip(held, held[1:], strict=False):
+        assert sum(a) + b[0] > tokens and a[0] > growth * b[0] + 4
+
+
+@often
+@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=6), spare=st.integers(0, 3))
+def test_places_lay_items_end_to_end(counts, spare):
+    length, most = sum(counts) + spare, 4
+    if length == 0:
+        return
+    at = places(jnp.asarray(counts), length, most)
+    expected = [(i, j) for i, n in enumerate(counts) for j in range(n)]
+    assert [tuple(map(int, x)) for x in zip(at.owner, at.index, strict=True)][: len(expected)] == expected
+    assert list(at.used) == [True] * len(expected) + [False] * spare
+    for place, (i, j) in enumerate(expected):
+        assert at.slots[i, j] == place and at.back[place] == i * most + j
+    missing = [int(at.slots[i, j]) for i, n in enumerate(counts) for j in range(n, most)]
+    assert len(set(missing)) == len(missing) and all(m >= length for m in missing)
+    assert all(int(b) >= len(counts) * most for b in at.back[len(expected) :])
 
 
 # Templates

@@ -4,11 +4,11 @@ import pytest
 
 from jaxedit.config import AnchorConfig
 from jaxedit.data.tokens import CLEAN, edit_tokens
-from jaxedit.targets.anchor import _optimise, find_anchors
-from jaxedit.targets.anchor_plan import buckets, suffix_tokens
+from jaxedit.targets.anchor import _optimise, arrange, find_anchors
+from jaxedit.targets.anchor_plan import suffix_tokens
 from jaxedit.types import EditRequest
 
-SETTINGS = AnchorConfig(steps=2, bucket_growth=1.0, tokens_per_step=10_000)
+SETTINGS = AnchorConfig(steps=2, bucket_growth=1.0, tokens_per_step=1)
 # suffix lengths: after the subject "Paris" come few tokens, many, and few again
 PROMPTS = ("Paris is", "Paris was", "Paris is the city in which one finds the many old works of the house of")
 
@@ -31,9 +31,8 @@ def test_one_compilation_a_bucket(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     edits = edits_of(tokenizer, PROMPTS)
     sizes = [suffix_tokens(e) for e in edits]
-    groups = buckets(sizes, SETTINGS.bucket_growth)
-    shapes = {(size, len(members)) for members, size in groups}
-    assert len(groups) == len(shapes) == 2
+    made = arrange(model.params, model.config, edits, 4, SETTINGS)
+    assert len(made) == len({(b.shape, b.sizes, b.held) for b in made}) == 2
     find_anchors(model.params, model.config, edits, 4, SETTINGS)
     assert compiled() == 2
     find_anchors(model.params, model.config, edits, 4, SETTINGS)
@@ -46,7 +45,7 @@ def test_one_compilation_a_bucket(model_and_tokenizer):
 
 
 def test_other_weights_and_full_rounds_are_not_compiled_again(model_and_tokenizer):
-    """Six edits in lanes of one, two of them on the device at a time: three rounds of one shape."""
+    """Six edits in one lane, two of them on the device at a time: three rounds of one shape."""
     model, tokenizer = model_and_tokenizer
     edits = edits_of(tokenizer, [PROMPTS[0]] * 6, ["it", "in", "on", "it", "in", "on"])
     few = AnchorConfig(steps=2, tokens_per_step=suffix_tokens(edits[0]), resident_rounds=2)
@@ -76,8 +75,17 @@ def test_rounds_of_unlike_edits_share_one_program(model_and_tokenizer):
     edits = edits_of(tokenizer, [PROMPTS[0], PROMPTS[0], far], ["it", "in", "on"])
     sizes = [suffix_tokens(e) for e in edits]
     settings = AnchorConfig(steps=2, tokens_per_step=max(sizes), resident_rounds=2)
-    assert len(buckets(sizes, settings.bucket_growth)) == 1
+    assert len(arrange(model.params, model.config, edits, 4, settings)) == 1
     assert len({sum(r.lookup for r in e.contexts) for e in edits}) == 2
     found = find_anchors(model.params, model.config, edits, 4, settings)
     assert compiled() == 1
     assert found.updates.shape == (3,) and (found.losses[:, 0, 0] > 0).all()
+
+
+def test_edits_of_one_step_share_one_program(model_and_tokenizer):
+    """Whatever their sizes: they lie end to end, so that a short one does not pay for a long one."""
+    model, tokenizer = model_and_tokenizer
+    edits = edits_of(tokenizer, PROMPTS)
+    (bucket,) = arrange(model.params, model.config, edits, 4, AnchorConfig(steps=2, tokens_per_step=10_000))
+    assert bucket.sizes.lanes == 3
+    assert sum(map(suffix_tokens, edits)) <= bucket.sizes.tokens < sum(map(suffix_tokens, edits)) + 8
