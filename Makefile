@@ -5,13 +5,27 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: demo test lint bench bench-quick bench-gpu report clean
+# Python 3.12 or later, for the GPU kernels' tests; empty where there is none.
+NEWER ?= $(shell for p in python3.14 python3.13 python3.12 python3 $(wildcard $(HOME)/.pyenv/versions/*/bin/python); do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+
+.PHONY: demo test test-kernels lint bench bench-quick bench-gpu report clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxedit demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto
+
+# `make test` runs these too, but in Python 3.11 the simulated GPU is not there. They need nothing but jax.
+test-kernels:
+ifeq ($(NEWER),)
+	@echo "no Python 3.12 or later: the kernels' tests on a simulated GPU are left out"
+else
+	@test -x $(VENV)-kernels/bin/python || $(NEWER) -m venv $(VENV)-kernels
+	$(VENV)-kernels/bin/python -m pip install --quiet --disable-pip-version-check jax pytest hypothesis
+	PYTHONPATH=kernels $(VENV)-kernels/bin/python -m pytest tests/kernels -o faulthandler_timeout=300
+endif
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
@@ -61,4 +75,4 @@ $(VENV)/.installed-bench-gpu: $(VENV)/.created pyproject.toml
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(VENV)-kernels .jax_cache .pytest_cache .ruff_cache build dist

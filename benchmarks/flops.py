@@ -83,11 +83,12 @@ def key_flops(config: ModelConfig) -> int:
 
 
 def solve_cached(d_ff: int, d_model: int, n: int) -> float:
-    """n edits with a factor at hand: Z = A^-1 K^T by two triangular solves, K Z, its Cholesky, and Z times it.
+    """n edits with a factor L at hand: Y = L^-1 K^T, half of Y^T Y and its Cholesky, that on R, Z = L^-T Y, and Z R.
 
     The product of the update's two low-rank factors is included, as it has to be written into the weights.
     """
-    return 2 * d_ff**2 * n + 2 * d_ff * n**2 + n**3 / 3 + 2 * d_ff * n**2 + 2 * d_ff * n * d_model
+    inner = d_ff * n**2 + n**3 / 3 + 2 * n**2 * d_model
+    return 2 * d_ff**2 * min(n, (n + d_model) / 2) + inner + 2 * d_ff * n * d_model
 
 
 def solve_naive(d_ff: int, d_model: int, n: int) -> float:

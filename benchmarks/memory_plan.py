@@ -241,8 +241,9 @@ def solve(at: Planner, edits: int, resident: int) -> Stage:
     d = at.config.d_ff
     with at.jax.enable_x64(True):
         triangle = at.like(at.jax.eval_shape(cut, at.jax.ShapeDtypeStruct((d, d), "float64")))
-        k, right = at.array((edits, d), "float64"), at.array((edits, 16), "float64")
-    return at.stage("solve one layer", ridge._woodbury, triangle, k, right, x64=True, resident=resident)
+        k, r = at.array((edits, d), "float64"), at.array((edits, at.config.d_model), "float64")
+        mix = at.array((at.config.d_model, 16), "float64")
+    return at.stage("solve one layer", ridge._woodbury_on, triangle, k, r, mix, False, x64=True, resident=resident)
 
 
 def layer_loop(at: Planner, sizes: Sizes, edits: int, layers) -> list[Stage]:

@@ -16,12 +16,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxedit.config import Ridge
 from jaxedit.errors import JaxEditError, StatisticsError
+from jaxedit.memory import USABLE, free_bytes
 from jaxedit.solvers.factor_files import factor_file, keep_factor, pays_to_keep, read_factor
 from jaxedit.solvers.triangle import Triangle, backward, cut, forward, panel_shapes, times
 
 _POWER_STEPS = 12
-# Of the device's memory, for the programs' temporaries and for what it is fragmented into.
-_USABLE = 0.9
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,7 +212,7 @@ def plan_factors(
     to the device when its layer is solved. Raises JaxEditError where not even one layer fits.
     """
     one = factoring_bytes(d_ff, precision)
-    free = _USABLE * device_memory - weights_bytes
+    free = USABLE * device_memory - weights_bytes
     if one > free:
         raise JaxEditError(
             f"factoring one layer of d_ff {d_ff} in {precision} takes {one / 1e9:.1f} GB of device memory; "
@@ -239,7 +238,5 @@ def _entries(d_ff: int) -> int:
 
 def free_memory(devices: Sequence) -> int | None:
     """Bytes free on the fullest of the devices, or None where they do not say (the CPU)."""
-    stats = [d.memory_stats() or {} for d in devices]
-    if any("bytes_limit" not in s for s in stats):
-        return None
-    return min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
+    free = [free_bytes(d) for d in devices]
+    return None if None in free else min(f for f in free if f is not None)

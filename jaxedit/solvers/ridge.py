@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from jaxedit.solvers.triangle import BLOCK, Triangle, backward, cut, dense, forw
 __all__ = ["Factor", "LayerFactor", "Solution", "absorb", "factorise", "plan_factors", "protect", "solve", "solve_all"]
 
 _PROBES = 16
+_STRIPS = 8
 
 
 class Solution(NamedTuple):
@@ -51,8 +53,13 @@ def solve(factor: Factor, layer: int, keys, residuals) -> Solution:
     k, r = _rows(part, layer, keys), np.asarray(residuals, np.float64)
     mix = _mix(r.shape[1])
     if len(k) < part.triangle.size:
+        if part.matrix is None:
+            with jax.enable_x64(True):
+                left, right, residual = _woodbury_on(part.triangle, _padded(k), _padded(r), mix, len(k) > r.shape[1])
+            rank = min(r.shape)  # keys that are padding have none
+            return Solution(np.asarray(left)[:, :rank], np.asarray(right)[:rank], float(residual))
         x, residual = _operator(part, k, r @ mix)
-        return Solution(np.asarray(x)[:, : len(k)], r, float(residual))
+        return Solution(np.asarray(x), r, float(residual))
     delta, residual = (_wide if part.matrix is None else _wide_refined)(part, k, k.T @ r, mix)
     return Solution(np.asarray(delta), np.eye(r.shape[1]), float(residual))
 
@@ -134,9 +141,34 @@ def _operator(part: LayerFactor, k: np.ndarray, right: np.ndarray):
 @jax.jit
 def _woodbury(t: Triangle, k, right):
     y = forward(t, k.T)
-    root = cut(jnp.linalg.cholesky(jnp.eye(len(k)) + y.T @ y))
+    root = _inner(y)
     x = backward(t, backward(root, forward(root, y.T)).T)
     return x, _residual(t, k, x @ right, k.T @ right)
+
+
+@partial(jax.jit, static_argnums=4)
+def _woodbury_on(t: Triangle, k, r, mix, whole: bool):
+    """``Z`` and ``(I + KZ)⁻¹ R``, whose product is ΔW: the inner inverse meets fewer columns than in X.
+
+    whole: ΔW itself and an identity, which is less work where there are more edits than columns.
+    """
+    y = forward(t, k.T)
+    root = _inner(y)
+    right = backward(root, forward(root, r))
+    if whole:
+        y, right = y @ right, jnp.eye(right.shape[1])
+    left = backward(t, y)
+    return left, right, _residual(t, k, left @ (right @ mix), k.T @ (r @ mix))
+
+
+def _inner(y) -> Triangle:
+    """The factor of ``I + KZ = I + YᵀY``, of which only the lower half is multiplied."""
+    n = y.shape[1]
+    width = max(128, -(-n // _STRIPS))
+    starts = range(0, n, width)
+    strips = [y[:, j:].T @ y[:, j : j + width] for j in starts]
+    lower = jnp.concatenate([jnp.pad(s, ((j, 0), (0, 0))) for j, s in zip(starts, strips, strict=True)], 1)
+    return cut(jax.lax.linalg.cholesky(lower + jnp.eye(n), symmetrize_input=False))
 
 
 def _wide(part: LayerFactor, k: np.ndarray, right: np.ndarray, mix: np.ndarray):

@@ -153,10 +153,10 @@ def test_shapes_of_keys_and_layers_are_checked():
 def test_one_program_for_similar_numbers_of_edits():
     rng = np.random.default_rng(0)
     factor = factorise(Ridge(), moments(rng, 130), (3,))
-    ridge._woodbury.clear_cache()
+    ridge._woodbury_on.clear_cache()
     for n in (97, 100, 104):
-        solve(factor, 3, rng.normal(size=(n, 130)), rng.normal(size=(n, 16 + n)))
-    assert ridge._woodbury._cache_size() == 1
+        solve(factor, 3, rng.normal(size=(n, 130)), rng.normal(size=(n, 20)))
+    assert ridge._woodbury_on._cache_size() == 1
 
 
 # Memory
