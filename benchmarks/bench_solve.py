@@ -38,6 +38,7 @@ def jax_tasks(backend, d_ff: int, d_model: int):
     import jax
 
     from jaxedit.config import Ridge
+    from jaxedit.export.patch import Delta
     from jaxedit.solvers import ridge
     from jaxedit.statistics import SecondMoment, SecondMoments
 
@@ -56,7 +57,7 @@ def jax_tasks(backend, d_ff: int, d_model: int):
     def solve():
         """Dense updates of all layers; returns the worst residual that jaxedit reports."""
         found = [ridge.solve(held["factor"], l, keys, residuals) for l, (keys, residuals) in enumerate(held["edits"])]
-        held["updates"] = [f.left @ f.right for f in found]
+        held["updates"] = [Delta(f.left, f.right).dense() for f in found]
         return max(f.residual for f in found)
 
     def absorb():

@@ -83,11 +83,11 @@ def key_flops(config: ModelConfig) -> int:
 
 
 def solve_cached(d_ff: int, d_model: int, n: int) -> float:
-    """n edits with a factor L at hand: Y = L^-1 K^T, half of Y^T Y and its Cholesky, that on R, Z = L^-T Y, and Z R.
+    """n edits with a factor L at hand: Y = L^-1 K^T, Y^T Y and its Cholesky, that on R, Z = L^-T Y, and Z R.
 
     The product of the update's two low-rank factors is included, as it has to be written into the weights.
     """
-    inner = d_ff * n**2 + n**3 / 3 + 2 * n**2 * d_model
+    inner = 2 * d_ff * n**2 + n**3 / 3 + 2 * n**2 * d_model
     return 2 * d_ff**2 * min(n, (n + d_model) / 2) + inner + 2 * d_ff * n * d_model
 
 

@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit.errors import JaxEditError
+from jaxedit.solvers.blas import quiet_blas
 from jaxedit.solvers.factors import Factor, LayerFactor, factorise, plan_factors
 from jaxedit.solvers.refine import refine
-from jaxedit.solvers.triangle import BLOCK, Triangle, backward, cut, dense, forward, times, update
+from jaxedit.solvers.triangle import BLOCK, Triangle, backward, cut, dense, forward, times, turned, update
 
 __all__ = ["Factor", "LayerFactor", "Solution", "absorb", "factorise", "plan_factors", "protect", "solve", "solve_all"]
 
 _PROBES = 16
-_STRIPS = 8
 
 
 class Solution(NamedTuple):
@@ -54,10 +54,11 @@ def solve(factor: Factor, layer: int, keys, residuals) -> Solution:
     mix = _mix(r.shape[1])
     if len(k) < part.triangle.size:
         if part.matrix is None:
-            with jax.enable_x64(True):
-                left, right, residual = _woodbury_on(part.triangle, _padded(k), _padded(r), mix, len(k) > r.shape[1])
-            rank = min(r.shape)  # keys that are padding have none
-            return Solution(np.asarray(left)[:, :rank], np.asarray(right)[:rank], float(residual))
+            with jax.enable_x64(True), quiet_blas(len(k)):
+                whole = len(k) > r.shape[1]
+                found = jax.device_get(_woodbury_on(part.triangle, _padded(k), _padded(r), mix, whole))
+            (left, right, residual), rank = found, min(r.shape)  # keys that are padding have no part in it
+            return Solution(left[:, :rank], right[:rank], float(residual))
         x, residual = _operator(part, k, r @ mix)
         return Solution(np.asarray(x), r, float(residual))
     delta, residual = (_wide if part.matrix is None else _wide_refined)(part, k, k.T @ r, mix)
@@ -72,8 +73,9 @@ def solve_all(factor: Factor, keys, layers: tuple[int, ...] | None = None) -> tu
     """
     layers = factor.layers if layers is None else tuple(layers)
     keys = [_rows(factor[l], l, k) for l, k in zip(layers, keys, strict=True)]
-    found = [_operator(factor[l], k, _mix(len(k))) for l, k in zip(layers, keys, strict=True)]
-    x = [np.asarray(x)[:, : len(k)] for (x, _), k in zip(found, keys, strict=True)]
+    with quiet_blas(max(map(len, keys))):
+        found = [_operator(factor[l], k, _mix(len(k))) for l, k in zip(layers, keys, strict=True)]
+        x = [np.asarray(x)[:, : len(k)] for (x, _), k in zip(found, keys, strict=True)]
     return np.stack(x), np.asarray([float(residual) for _, residual in found])
 
 
@@ -85,12 +87,13 @@ def absorb(factor: Factor, layer: int, keys) -> Factor:
     if not len(k):
         return factor
     triangle, dtype = part.triangle, part.triangle.diagonal[0].dtype
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), quiet_blas(triangle.size if len(k) >= triangle.size else BLOCK):
         if len(k) >= triangle.size:
             triangle = _rebuild(triangle, _padded(k).astype(dtype))
         else:
             for start in range(0, len(k), BLOCK):
                 triangle = _update(triangle, _padded(k[start : start + BLOCK]).astype(dtype))
+        jax.block_until_ready(triangle)
     if isinstance(part.triangle.diagonal[0], np.ndarray):
         triangle = jax.device_get(triangle)
     matrix = None if part.matrix is None else part.matrix + k.T @ k
@@ -162,13 +165,8 @@ def _woodbury_on(t: Triangle, k, r, mix, whole: bool):
 
 
 def _inner(y) -> Triangle:
-    """The factor of ``I + KZ = I + YᵀY``, of which only the lower half is multiplied."""
-    n = y.shape[1]
-    width = max(128, -(-n // _STRIPS))
-    starts = range(0, n, width)
-    strips = [y[:, j:].T @ y[:, j : j + width] for j in starts]
-    lower = jnp.concatenate([jnp.pad(s, ((j, 0), (0, 0))) for j, s in zip(starts, strips, strict=True)], 1)
-    return cut(jax.lax.linalg.cholesky(lower + jnp.eye(n), symmetrize_input=False))
+    """The factor of ``I + KZ = I + YᵀY``."""
+    return cut(jax.lax.linalg.cholesky(turned(y) @ y + jnp.eye(y.shape[1]), symmetrize_input=False))
 
 
 def _wide(part: LayerFactor, k: np.ndarray, right: np.ndarray, mix: np.ndarray):
