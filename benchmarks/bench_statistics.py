@@ -19,7 +19,8 @@ from records import Ratio, Results
 
 FULL = {"count": 1, "steps": 25, "repeats": 3, "tokens": 200_000}
 QUICK = {"repeats": 1, "tokens": 4096}
-LENGTH, TOKENS_A_STEP = 512, 8192
+LENGTH = 512
+TORCH_ROWS = 8  # documents a batch
 QUESTION = "What do key statistics of the edited layers cost?"
 
 
@@ -54,6 +55,7 @@ def fingerprint(matrices: dict) -> dict[int, np.ndarray]:
 
 def jax_tasks(backend, work: workload.Workload, corpus, tokens: int):
     from jaxedit.moments_pass import moments_of_rows
+    from jaxedit.statistics import rows_a_step
 
     model, _ = workload.jax_model(work)
     rows = documents(work, corpus, tokens)
@@ -61,7 +63,7 @@ def jax_tasks(backend, work: workload.Workload, corpus, tokens: int):
     found = {}
 
     def second_moments(steps=None):
-        batch = TOKENS_A_STEP // LENGTH
+        batch = rows_a_step(model.params, LENGTH)
         some = rows if steps is None else rows[: steps * batch]
         found["matrices"], count = moments_of_rows(model.params, model.config, some, layers, batch=batch)
         return count
@@ -95,7 +97,7 @@ def torch_tasks(backend, work: workload.Workload):
         held["rows"] = rows
 
     def run(function):
-        held["matrices"] = function(model, held["rows"], layers, TOKENS_A_STEP // LENGTH)
+        held["matrices"] = function(model, held["rows"], layers, TORCH_ROWS)
 
     def on_host():
         return fingerprint({l: m.float().cpu().numpy() for l, m in held["matrices"].items()})

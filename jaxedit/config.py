@@ -15,7 +15,8 @@ class AnchorConfig:
     steps: loss evaluations, so at most ``steps - 1`` updates. lr: Adam's. clamp: largest ‖δ‖ as a multiple of
     ‖h‖. threshold: an edit stops when its loss is below it.
     tokens_per_step: suffix tokens optimised together, None for a default of the device; bounds memory.
-    bucket_growth: largest over smallest suffix in a bucket: more compilations against more padding.
+    bucket_growth: largest over smallest suffix in a bucket of edits that one step cannot take together: fewer
+        compilations against more padding.
     resident_rounds: edits held on the device, as a multiple of those optimised together.
     """
 

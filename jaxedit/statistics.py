@@ -36,7 +36,7 @@ from jaxedit.moments_pass import PartialSums, moments_of_rows
 from jaxedit.sharding import data_shards, mesh_of
 
 FORMAT = "jaxedit-moments-1"
-_TOKENS_PER_STEP = 8192
+_CPU_TOKENS, _ACCELERATOR_TOKENS = 2048, 8192  # a step; scores of attention stay in a CPU's cache
 _ASYMMETRY = 1e-3  # of the largest entry; what float32 sums on an accelerator may differ by
 
 
@@ -253,6 +253,12 @@ def read_npz(path) -> SecondMoment:
         ) from None
 
 
+def rows_a_step(params, length: int) -> int:
+    """How many rows of `length` tokens each device runs together, by default."""
+    device = next(iter(params["embed"]["tokens"].devices()))
+    return max(1, (_CPU_TOKENS if device.platform == "cpu" else _ACCELERATOR_TOKENS) // length)
+
+
 def second_moments(
     model: Decoder,
     tokenizer,
@@ -277,7 +283,7 @@ def second_moments(
         should be several times as many tokens as the model has MLP channels.
     layers: in any order. They cost one forward pass together.
     length: tokens a row, at most the model's context; longer documents are cut.
-    batch: rows a step of all devices together, by default 8192 tokens' worth on each.
+    batch: rows a step of all devices together, by default 8192 tokens' worth on each (on a CPU 2048).
     mesh: spread the rows over the "data" axis of a mesh; by default of the one that the model was loaded on. With
         several processes (see `jaxedit.distributed`) each takes its share of the rows, and all get the result.
     cache: keep the result on disk under a hash of weights, tokenizer, corpus and settings, and take it from
@@ -318,7 +324,7 @@ def second_moments(
         return found
     mesh = mesh if mesh is not None else mesh_of(params)
     if batch is None:
-        batch = max(1, _TOKENS_PER_STEP // length) * data_shards(mesh) * jax.process_count()
+        batch = rows_a_step(params, length) * data_shards(mesh) * jax.process_count()
     if mesh is None or mesh.shape["model"] == 1:
         tokens = batch * length // (data_shards(mesh) * jax.process_count())
         device = next(iter(params["embed"]["tokens"].devices()))

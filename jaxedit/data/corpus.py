@@ -20,6 +20,7 @@ _FIELDS = ("text", "content", "Text")
 _SUFFIXES = (".txt", ".jsonl", ".json")
 _DOCUMENTS_AT_ONCE = 64  # tokenised together; few enough not to read far past what is needed
 _OPEN_ROWS = 32  # rows that a document may still be put into
+_PIECES_AT_ONCE = 256  # laid out together
 
 Corpus = str | os.PathLike | Sequence[str] | None
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -93,34 +94,26 @@ def pack_documents(tokenizer, docs: Iterable[str], length: int, max_tokens: int)
     The document at which `max_tokens` is reached is cut there; fewer tokens come out only where the corpus
     has fewer.
 
-    A document goes to the fullest of some open rows that has room for it, so little is padding. The order
-    depends on nothing but the arguments.
+    A few hundred documents at a time are laid out, the longest first, each in the fullest row that has room for it,
+    so hardly anything is padding. The order depends on nothing but the arguments.
     """
     if length < 1 or max_tokens < 1:
         raise JaxEditError(f"length and max_tokens must be at least 1, got {length} and {max_tokens}")
     if tokenizer is None:
         raise JaxEditError("this model came without a tokenizer; pass one")
-    rows: list[list[list[int]]] = []
-    sizes: list[int] = []
-    for piece in _pieces(tokenizer, docs, length, max_tokens):
-        fitting = [i for i, size in enumerate(sizes) if size + len(piece) <= length]
-        if fitting:
-            at = max(fitting, key=sizes.__getitem__)
-        else:
-            if len(rows) == _OPEN_ROWS:
-                fullest = max(range(len(rows)), key=sizes.__getitem__)
-                del sizes[fullest]
-                yield _row(rows.pop(fullest), length)
-            at = len(rows)
-            rows.append([])
-            sizes.append(0)
-        rows[at].append(piece)
-        sizes[at] += len(piece)
-        if sizes[at] == length:
-            del sizes[at]
-            yield _row(rows.pop(at), length)
-    for pieces in rows:
-        yield _row(pieces, length)
+    rows: list[tuple[int, list[list[int]]]] = []  # open ones: how full, and their pieces
+    pieces = _pieces(tokenizer, docs, length, max_tokens)
+    while some := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+        for piece in sorted(some, key=len, reverse=True):
+            fitting = [i for i, (size, _) in enumerate(rows) if size + len(piece) <= length]
+            at = max(fitting, key=lambda i: rows[i][0], default=len(rows))
+            size, held = rows.pop(at) if fitting else (0, [])
+            rows.append((size + len(piece), [*held, piece]))
+        rows.sort(key=lambda row: -row[0])
+        while rows and (len(rows) > _OPEN_ROWS or rows[0][0] == length):
+            yield _row(rows.pop(0)[1], length)
+    for _, held in rows:
+        yield _row(held, length)
 
 
 def _pieces(tokenizer, docs: Iterable[str], length: int, max_tokens: int) -> Iterator[list[int]]:

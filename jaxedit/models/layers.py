@@ -14,6 +14,8 @@ from jax import lax
 
 from jaxedit.models.config import ModelConfig, Rope
 
+_QUERIES = 128  # in a block of queries
+
 
 def wide(dtype) -> jnp.dtype:
     """The dtype in which sums over `dtype` values are kept: float32, or float64 for float64."""
@@ -159,13 +161,26 @@ def attend(q, k, v, mask, config: ModelConfig, past=None):
 
     q ``[b, s, n_head, head_dim]``; k, v ``[b, s, n_kv_head, head_dim]``; mask ``[b, s, s]``;
     past: None, or (k, v, mask) of tokens computed earlier, ``[b, t, …]`` and ``[b, s, t]``. The two parts share
-    one softmax, and the cache is never copied.
+    one softmax, and the cache is never copied. No token may see one that stands after it in its row: of long rows
+    each block of queries meets only the keys up to its end.
     """
+    s = q.shape[1]
+    if past is None and s >= 2 * _QUERIES:
+        ends = [min(at + _QUERIES, s) for at in range(0, s, _QUERIES)]
+        parts = [
+            _attend(q[:, at:end], [(k[:, :end], v[:, :end], mask[:, at:end, :end])], config)
+            for at, end in zip([0, *ends], ends, strict=False)
+        ]
+        return jnp.concatenate(parts, 1)
+    return _attend(q, [(k, v, mask)] if past is None else [past, (k, v, mask)], config)
+
+
+def _attend(q, parts, config: ModelConfig):
+    """Attention to ``(k, v, mask)`` of several stretches of tokens."""
     b, s, n_head, head_dim = q.shape
-    n_kv = k.shape[2]
+    n_kv = parts[0][0].shape[2]
     dtype = wide(q.dtype)
     q = q.reshape(b, s, n_kv, n_head // n_kv, head_dim)
-    parts = [(k, v, mask)] if past is None else [past, (k, v, mask)]
 
     def scores(k, mask):
         logits = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=dtype) * config.attn_scale

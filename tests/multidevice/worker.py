@@ -17,7 +17,7 @@ WORDS = "the river town of an old king was built in stone by people who came fro
 TEXTS = [" ".join(np.random.default_rng(i).choice(WORDS, 5 + i % 30)).capitalize() + "." for i in range(60)]
 TOKENS = 1200
 WIDTH = 48
-ROWS = 29  # that those tokens are packed into
+ROWS = 27  # that those tokens are packed into
 
 
 def statistics(model, tokenizer, batch: int = 4, on_progress=None, **options):

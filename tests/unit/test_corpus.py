@@ -175,7 +175,7 @@ def test_little_of_a_packed_row_is_padding():
     random = np.random.default_rng(0)
     docs = ["x" * n for n in random.integers(40, 300, 600)]
     filled = np.mean([(segments > 0).mean() for _, _, segments in pack_documents(Letters(), docs, 512, 10**9)])
-    assert filled > 0.93
+    assert filled > 0.97
 
 
 def test_bad_sizes_and_no_tokenizer():

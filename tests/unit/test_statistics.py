@@ -295,7 +295,7 @@ def test_one_trace_and_progress(tiny, monkeypatch):
         seen.clear()
         second_moments(*tiny, TEXTS, (0, 2), **SIZES, max_tokens=most, on_progress=lambda *at: seen.append(at))
         assert seen[-1] == (most, most)
-        assert seen == sorted(seen) and len(seen) > 5
+        assert seen == sorted(seen) and len(seen) > 4
     assert len(traced) == 1
 
 
