@@ -209,7 +209,15 @@ def statistics(at: Planner, layers, tokens: int = 8192, length: int = 512) -> St
     total = at.array((1, len(layers), at.config.d_ff, at.config.d_ff), "float32")
     rows = [at.array((tokens // length, length), "int32")] * 3
     return at.stage(
-        "statistics, 8192 tokens a step", _step, at.params, total, *rows, config=at.config, layers=layers, mesh=None
+        "statistics, 8192 tokens a step",
+        _step,
+        at.params,
+        total,
+        *rows,
+        config=at.config,
+        layers=layers,
+        mesh=None,
+        implementation="xla",
     )
 
 

@@ -163,18 +163,24 @@ def _factor_group(matrices: list, solver: Ridge, devices: list, precision: str) 
 
 @partial(jax.jit, static_argnames=("mesh", "dtype"))
 def _cholesky(stack, weight, l2, *, mesh, dtype):
+    """The factors of all layers, batched, on each device those that lie there.
+
+    On a CPU one layer after the other: JAX's batched LAPACK calls wait, within the pool's threads, for tasks that
+    they give to the same pool, so that two devices that share it can block each other for ever.
+    """
+    one_by_one = mesh.devices.flat[0].platform == "cpu"
     half, ridge = jnp.asarray(weight / 2, dtype), jnp.asarray(l2, dtype)
 
     def here(stack):
         stack = stack.astype(dtype)
         a = half * (stack + jnp.swapaxes(stack, 1, 2)) + ridge * jnp.eye(stack.shape[1], dtype=dtype)
-        return jnp.linalg.cholesky(a, symmetrize_input=False)
+        factor = partial(jnp.linalg.cholesky, symmetrize_input=False)
+        return jax.lax.map(factor, a) if one_by_one else factor(a)
 
     return jax.shard_map(here, mesh=mesh, in_specs=P("layer"), out_specs=P("layer"))(stack)
 
 
-# One layer at a time: batched triangular solves side by side can block each other for ever in the CPU's thread pool.
-@jax.jit
+@jax.jit  # one layer at a time, for the same reason as in `_cholesky`
 def _panels(chol, i):
     triangle = cut(chol[i])
     return triangle, _condition(triangle)
