@@ -1,6 +1,6 @@
 """Do better step rules than Adam as published find anchors in fewer steps, and are the edits as good?
 
-    python benchmarks/step_rules.py counterfact.json --first 700 --count 16 --out benchmarks/results/step_rules.json
+    python benchmarks/step_rules.py counterfact.json --first 700 --count 16 --out step_rules.json
 
 Each rule optimises the same anchors from the same start with the same loss, clamp, threshold and most evaluations,
 and the edit that Forward Replay makes of them is evaluated. Cost is counted in evaluations of the loss with its
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from sweep import MEASURES
 
 import jaxedit as je
 from jaxedit.data.templates import sample_templates
@@ -27,14 +28,6 @@ from jaxedit.data.tokens import check_templates, validate
 from jaxedit.targets import anchor
 from jaxedit.targets.anchor_plan import make_plan
 from jaxedit.targets.strategies import replay
-
-MEASURES = (
-    "efficacy_success",
-    "efficacy_accuracy",
-    "paraphrase_success",
-    "paraphrase_accuracy",
-    "neighbourhood_success",
-)
 
 
 class Rule(NamedTuple):
