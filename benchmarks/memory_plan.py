@@ -20,22 +20,8 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-# config.json of meta-llama/Meta-Llama-3-8B
-LLAMA_3_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-}
+from shapes import SHAPES
+
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -346,7 +332,7 @@ def main():
     from jaxedit.models.hub import family_of
 
     device, about = target(wanted)
-    at = Planner(device, family_of(LLAMA_3_8B, "Llama-3-8B")[1], args.dtype)
+    at = Planner(device, family_of(SHAPES["llama-3-8b"], "Llama-3-8B")[1], args.dtype)
     sizes = Sizes(suffix=args.suffix)
     if args.estimates:
         from jaxedit.targets.anchor import KEPT

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from harness import Side
+from shapes import SHAPES
 
 import jaxedit as je
 
@@ -89,8 +90,6 @@ def shape(name: str) -> dict[str, Any]:
     """The config.json of a published shape."""
     if name == "tiny":
         return dict(_TINY)
-    from torch_baseline import SHAPES
-
     wanted = ALIASES.get(name, name)
     if wanted not in SHAPES:
         raise SystemExit(f"unknown shape {name!r}; known: {', '.join([*SHAPES, *ALIASES, 'tiny'])}")

@@ -14,6 +14,6 @@ statistics are float32 (float64 for a float64 model), solves float64.
 """
 
 from . import anchors, edit, evaluate, solve, statistics
-from .models import SHAPES, load, random_model
+from .models import load, random_model
 
-__all__ = ["SHAPES", "anchors", "edit", "evaluate", "load", "random_model", "solve", "statistics"]
+__all__ = ["anchors", "edit", "evaluate", "load", "random_model", "solve", "statistics"]
