@@ -43,18 +43,19 @@ QUESTION = "How does the cost grow with edits, d_ff and tokens?"
 
 def length_tasks(backend, work: workload.Workload):
     from jaxedit.data.templates import sample_templates
-    from jaxedit.data.tokens import check_templates, validate
+    from jaxedit.data.tokens import check_templates, edit_tokens
     from jaxedit.targets.anchor_plan import suffix_tokens
 
     model, tokenizer = workload.jax_model(work)
     templates = work.templates or sample_templates(model, tokenizer, 0)
 
     def alike():
-        """Requests of the most common suffix length."""
-        edits = validate(tokenizer, work.requests, check_templates(templates), model.config.max_positions)
-        lengths = [suffix_tokens(e) for e in edits]
+        """Requests of the most common suffix length, with different prompts."""
+        requests = list({r.prompt: r for r in work.requests}.values())
+        groups = check_templates(templates)
+        lengths = [suffix_tokens(edit_tokens(tokenizer, r, groups)) for r in requests]
         common = Counter(lengths).most_common(1)[0][0]
-        return templates, [r for r, n in zip(work.requests, lengths, strict=True) if n == common], common
+        return templates, [r for r, n in zip(requests, lengths, strict=True) if n == common], common
 
     return {"alike": alike}
 
