@@ -1,0 +1,73 @@
+"""What CounterFact records hold beside the edit: prompts for free generation, and keys to reference texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxedit.data.requests import _load, _read_record, _text, _texts
+from jaxedit.errors import RequestError
+from jaxedit.types import EditRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class CounterFactRecord:
+    """One edit. generation_prompts: to be continued freely. relation, target_id: Wikidata's, of the new target."""
+
+    request: EditRequest
+    generation_prompts: tuple[str, ...]
+    relation: str
+    target_id: str
+
+
+def read_counterfact(source: Any) -> list[CounterFactRecord]:
+    """Read CounterFact (Meng et al. 2022, "Locating and Editing Factual Associations in GPT") with what fluency and
+    consistency are measured on; `read_requests` reads the edits alone.
+
+    source: the path of a .json or .jsonl file, or a list of records.
+    Raises RequestError with the problems of all records, among them those without generation_prompts.
+    """
+    name, entries = _load(source)
+    records, problems = [], []
+    for where, entry in entries:
+        request, found = _read_record(entry)
+        if request is not None:
+            try:
+                records.append(_record(request, entry))
+            except (AttributeError, ValueError) as error:
+                found = [f"generation_prompts, relation_id or target_new: {error}"]
+        problems += [f"{name}: {where}: {problem}" for problem in found]
+    if not entries:
+        problems.append(f"{name}: holds no records")
+    if problems:
+        raise RequestError(problems)
+    return records
+
+
+def _record(request: EditRequest, entry: Mapping) -> CounterFactRecord:
+    rewrite = entry.get("requested_rewrite", entry)
+    prompts = _texts(entry.get("generation_prompts"))
+    if not prompts:
+        raise ValueError("there are no generation prompts")
+    return CounterFactRecord(request, prompts, _text(rewrite.get("relation_id")), str(rewrite["target_new"].get("id")))
+
+
+def read_references(source: Any) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Reference texts by (relation, target id), from a file in the form of CounterFact's attribute snippets: a list of
+    ``{relation_id, target_id, samples: [{text, …}, …]}``.
+
+    Raises RequestError naming every entry that has another form.
+    """
+    name, entries = _load(source)
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    problems = []
+    for where, entry in entries:
+        try:
+            key = entry["relation_id"], entry["target_id"]
+            found[key] = found.get(key, ()) + tuple(_text(sample["text"]) for sample in entry["samples"])
+        except (KeyError, TypeError, ValueError) as error:
+            problems.append(f"{name}: {where}: expected {{relation_id, target_id, samples: [{{text}}]}} ({error})")
+    if problems:
+        raise RequestError(problems)
+    return found
