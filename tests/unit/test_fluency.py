@@ -3,13 +3,14 @@
 import math
 
 import pytest
+from helpers_metrics import row_logits
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxedit.data.counterfact import read_counterfact, read_references
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.fluency import _continued, fluency, ngram_entropy, words
-from jaxedit.evaluation.generation import continue_rows, generate
+from jaxedit.evaluation.generation import generate
 
 
 @pytest.mark.parametrize(
@@ -73,13 +74,14 @@ def test_the_seed_decides(tiny):
 
 
 def test_long_prompts_get_what_room_there_is(decoder):
-    """Short rows are continued by many steps, for which a long one has no room, and a longer one needs none."""
+    """A short row is continued by many steps, for which a long one has no room, and a longer one needs none."""
     model = decoder("tiny-llama")
-    rows = [[5, 6, 7], [8] * 60, [9] * 110]
-    out = _continued(model, rows, 100, 1, 0)
-    assert [len(row) for row in out] == [100, 100, 110]
+    rows = [[5, 6, 7], [8] * 60, [9] * 122]
+    out = _continued(model, rows, 120, 1, 0)
+    assert [len(row) for row in out] == [120, 120, 122]
     for row, full in zip(rows, out, strict=True):
-        assert full == row + continue_rows(model.params, model.config, [row], len(full) - len(row))[0]
+        greedy = row_logits(model, full, 128).argmax(-1)
+        assert full == row + greedy[len(row) - 1 : -1].tolist()
 
 
 @pytest.mark.parametrize("prompts", [[], ["a text"], [["a"], []]])

@@ -100,7 +100,7 @@ def test_the_answer_stands_behind_the_marker():
 
 def test_accuracies_from_what_the_models_say(tiny):
     model, tokenizer = tiny("tiny-llama")
-    edited = shaken(model, 0.1)
+    edited = shaken(model, 0.2, seed=1)
     template = "It is so. {}"
     first, second = "The mother tongue of Lev Landau is", "The capital of France is"
     prompts = [first, second, template.replace("{}", first), template.replace("{}", second)]
