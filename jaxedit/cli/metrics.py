@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,13 +16,11 @@ from jaxedit.cli.options import Corpus, Dtype, Json, Limit, Model, Seed, argumen
 Edited = Annotated[str, argument("EDITED", "The edited model, or a .jaxedit patch for BASE.")]
 
 
-def _load_pair(work: Work, base: str, edited: str | None, dtype: str | None):
-    """``(base, edited, tokenizer)``; edited is None where none is given."""
-    patch = load_patch(Path(edited)) if edited is not None and is_patch(edited) else None
+def _load_pair(work: Work, base: str, edited: str, dtype: str | None):
+    """``(base, edited, tokenizer)``."""
+    patch = load_patch(Path(edited)) if is_patch(edited) else None
     wanted = checked_dtype(dtype) or (patch.dtype if patch else None)
     before, tokenizer = load_model(work, base, wanted)
-    if edited is None:
-        return before, None, tokenizer
     if patch is None:
         return before, load_model(work, edited, wanted)[0], tokenizer
     from jaxedit import apply_patch
@@ -52,17 +51,21 @@ def perplexity(
       jaxedit perplexity smollm2-135m sentences.json --edited facts.jaxedit
     """
     with Work() as work:
-        before, after, tokenizer = _load_pair(work, model, edited, dtype)
+        if edited is None:
+            before, tokenizer = load_model(work, model, checked_dtype(dtype))
+            models = {"base": before}
+        else:
+            before, after, tokenizer = _load_pair(work, model, edited, dtype)
+            models = {"base": before, "edited": after}
         from jaxedit.evaluation.perplexity import PerplexityProbe
 
         length = min(length, before.config.max_positions)
         with work.stage("tokens"):
             probe = PerplexityProbe.of(tokenizer, corpus, max_tokens=max_tokens, length=length, stride=stride)
         found = {}
-        for name, one in (("base", before), ("edited", after)):
-            if one is not None:
-                with work.stage(f"perplexity of {name}"):
-                    found[name] = probe.measure(one)
+        for name, one in models.items():
+            with work.stage(f"perplexity of {name}"):
+                found[name] = probe.measure(one)
     values = {name: {"corpus": p.corpus, "mean": p.mean} for name, p in found.items()}
     texts, tokens = len(found["base"].texts), int(probe.tokens_of.sum())
     if as_json:
@@ -114,7 +117,9 @@ def benchmark(
     show_seconds(work.seconds)
 
 
-def _benchmark(kind: str, question: Path | None, marker: str | None, max_new_tokens: int):
+def _benchmark(
+    kind: str, question: Path | None, marker: str | None, max_new_tokens: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The reader of a benchmark's records, and what measures them."""
     if kind == "zsre":
         from jaxedit.data.requests import read_requests

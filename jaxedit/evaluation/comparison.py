@@ -73,8 +73,8 @@ class Comparison:
         """The means in percent as aligned text, base beside edited, and the number of measurements."""
         rows = [("", "base", "edited", "count")]
         for metric, count in self.counts.items():
-            shown = ("-" if x is None else f"{100 * x:.1f}" for x in (self.base[metric], self.edited[metric]))
-            rows.append((metric.replace("_", " "), *shown, str(count)))
+            base, edited = ("-" if x is None else f"{100 * x:.1f}" for x in (self.base[metric], self.edited[metric]))
+            rows.append((metric.replace("_", " "), base, edited, str(count)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         return "\n".join(line.rstrip() for line in lines)

@@ -91,8 +91,8 @@ def evaluate_multihop(
         for metric, prompt, sought in some:
             marker = asking.marker if metric.endswith("question_accuracy") else None
             said = says[0][prompt], says[1][prompt]
-            right = [float(answered(text, sought, asking.match, marker)) for text in said]
-            measured.append(Measured(metric, prompt, sought[0], *right, said))
+            base_right, right = (float(answered(text, sought, asking.match, marker)) for text in said)
+            measured.append(Measured(metric, prompt, sought[0], base_right, right, said))
         made.append(RecordScores(i, record.id, (*measured, *_whole(measured))))
     return Comparison.of(made, METRICS, _POOLED)
 

@@ -52,7 +52,7 @@ def evaluate_knowedit(
         for part in ("portability", "locality"):
             measured += _overall(part, measured)
         made.append(RecordScores(i, record.request.id, tuple(measured)))
-    kinds = sorted({m.metric for r in made for m in r.measured if "/" in m.metric}, reverse=True)
+    kinds = sorted({m.metric for r in made for m in r.measured if "/" in m.metric})
     metrics = ["edit_success", "rephrase"]
     for part in ("portability", "locality"):
         metrics += [part, *(kind for kind in kinds if kind.startswith(part + "/"))]
