@@ -1,8 +1,8 @@
 """MQuAKE: are the consequences of edits answered too, by questions over several facts?
 
-Definitions of Zhong et al. 2023, "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions",
-section 4.1. Answers are generated greedily; equal prompts are generated once. How an answer is cut out of what
-a model says is not published for edited models, and is stated at `Asking`.
+Metrics of Zhong et al. 2023, "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions". Answers
+are generated greedily; equal prompts are generated once. The published repository has no code that evaluates edited
+models; how an answer is cut out of what a model says is stated at `Asking`.
 """
 
 from __future__ import annotations
