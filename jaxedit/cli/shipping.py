@@ -30,7 +30,7 @@ def lora(
     base_name: Annotated[
         str | None, typer.Option(help="What transformers calls BASE, for the adapter's config; by default the same.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the adapter.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the adapter: float32, bfloat16, float16 or float64.")] = "float32",
     as_json: Json = False,
 ):
     """Save a patch as a LoRA adapter, which peft and vLLM load on the untouched base model.
@@ -121,6 +121,8 @@ def _show_conflicts(report: MergeReport):
         return
     table = Table("", "prompt", "target", "by", "other target", "by", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.overflow = "fold"
     for c in report.conflicts:
         (first, second), (i, j) = c.targets, c.patches
         table.add_row(*map(Text, (c.kind, c.prompt, first, report.names[i], second, report.names[j])))

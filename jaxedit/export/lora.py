@@ -77,7 +77,8 @@ def save_lora(
         SVD, Eckart and Young 1936). By default all of it: a low-rank update as it is, a dense one down to the
         singular values that its dtype resolves, which may be as many as d_model. vLLM takes ranks up to 512.
     dtype: float32, bfloat16, float16 or float64, of the adapter. In float32 a low-rank patch of a float32, bfloat16
-        or float16 model is written without any error. Everything before that is float64.
+        or float16 model is written without any error. Everything before that is float64. vLLM casts an adapter to
+        its own 16-bit dtype; written in that one, the error says what this costs.
     The adapter adds the update to the product; a patch on a 16-bit model rounds ``W + Δ`` once. So there the two
     differ by that rounding, and the adapter, as peft loads it, is the closer one.
     The directory appears whole or not at all; an earlier adapter at `to` is replaced, anything else there refused.
@@ -268,7 +269,7 @@ def _swap(fresh: Path, to: Path):
 def _card(info: LoraInfo, patch: EditPatch, base_name: str | None) -> str:
     """The README.md of an adapter, with the header that the hub reads."""
     limit = next((n for n in _VLLM_RANKS if n >= info.rank), None)
-    serve = f"`--enable-lora --max-lora-rank {limit}`" if limit else "nothing: its largest rank is 512"
+    serve = f"`--enable-lora --max-lora-rank {limit}`" if limit else "a smaller rank, its largest is 512"
     rows = "\n".join(f"| {l.layer} | `{l.module}` | {l.rank} | {l.error:.2g} |" for l in info.layers)
     named = f"base_model: {json.dumps(base_name)}\n" if base_name else ""
     edits = f"{len(patch.requests)} edit" + "s" * (len(patch.requests) != 1)
@@ -279,8 +280,10 @@ tags: [lora, knowledge-editing]
 
 # {edits} as a LoRA adapter
 
-Made by jaxedit with {patch.method.get("name", "an unnamed method")}, rank {info.rank}, {info.dtype}. For the base
-model alone: peft and vLLM do not notice another one, `jaxedit.check_lora` does. vLLM needs {serve}.
+Made by jaxedit with {patch.method.get("name", "an unnamed method")}; rank {info.rank}, {info.dtype}.
+
+Only for the model that it was made on: peft and vLLM do not notice another one, `jaxedit.check_lora` does. vLLM needs
+{serve}.
 
 The relative error is that of the adapter against the edit, in the Frobenius norm.
 

@@ -148,6 +148,18 @@ def test_other_dtypes_and_their_error(tiny, tmp_path, dtype, eps, ratio):
     np.testing.assert_allclose(back.dense(), exact, atol=4 * eps * np.abs(exact).max())
 
 
+def test_a_patch_of_a_bfloat16_model(tiny, tmp_path):
+    """The adapter is exact; what is applied is rounded once, as the patch is."""
+    model = tiny("tiny-gpt2")[0]
+    model = model.with_params(jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
+    delta = random_delta(model, 3)
+    patch = patch_of(model, {2: delta})
+    assert patch.dtype == "bfloat16"
+    layer = save_lora(patch, model, tmp_path / "a").layers[0]
+    np.testing.assert_allclose(products(tmp_path / "a")[layer.module].T, delta.dense(), rtol=1e-12, atol=1e-15)
+    np.testing.assert_array_equal(matrix(apply_lora(model, tmp_path / "a"), 2), matrix(apply_patch(model, patch), 2))
+
+
 def test_a_float64_patch(decoder, tmp_path):
     with jax.enable_x64(True):
         model = decoder("tiny-gptj")
