@@ -32,8 +32,9 @@ QUESTION = "What does the anchor stage cost per edit?"
 def jax_tasks(backend, work: workload.Workload, steps: int):
     from jaxedit.data.templates import sample_templates
     from jaxedit.data.tokens import check_templates, validate
-    from jaxedit.targets import anchor
+    from jaxedit.targets.anchor import find_anchors
     from jaxedit.targets.anchor_plan import suffix_tokens
+    from jaxedit.targets.anchor_room import arrange
 
     model, tokenizer = workload.jax_model(work)
     config = model.config
@@ -47,7 +48,7 @@ def jax_tasks(backend, work: workload.Workload, steps: int):
 
     def anchors(templates, threshold):
         layer, chosen = settings(threshold)
-        found = anchor.find_anchors(model.params, config, edits(templates), layer, chosen)
+        found = find_anchors(model.params, config, edits(templates), layer, chosen)
         loss = found.losses[np.arange(len(found.updates)), found.updates, 0]
         return {"value": found.value, "updates": found.updates, "loss": loss, "padding": found.padding}
 
@@ -67,7 +68,7 @@ def jax_tasks(backend, work: workload.Workload, steps: int):
         """Of each bucket: the products of one of its steps, edits in a step, and its edits."""
         layer, chosen = settings(None)
         found = []
-        for bucket in anchor.arrange(model.params, config, edits(templates), layer, chosen):
+        for bucket in arrange(model.params, config, edits(templates), layer, chosen):
             sizes = bucket.sizes
             some = flops.loop_products(config, layer, sizes.tokens, sizes.asks + sizes.lanes, False)
             found.append((some, sizes.lanes, len(bucket.members)))

@@ -139,7 +139,7 @@ def anchors(at: Planner, sizes: Sizes, lanes: int, edits: int, layer: int, keep:
 
     from jaxedit.memory import anchor_cost
     from jaxedit.presets import method_for
-    from jaxedit.targets import anchor
+    from jaxedit.targets import anchor, anchor_room
     from jaxedit.targets.anchor_plan import Plan, Shape
 
     targets = sizes.asks // (ROWS - 1)
@@ -159,12 +159,13 @@ def anchors(at: Planner, sizes: Sizes, lanes: int, edits: int, layer: int, keep:
         tokens=at.array((n, ROWS, sizes.longest), i32),
         lengths=at.array((n, ROWS), i32),
         lookups=at.array((n, ROWS), i32),
+        starts=at.array((n, ROWS), i32),
         targets=at.array((n, targets), i32),
         n_target=at.array((n,), i32),
         real=at.array((n,), jnp.bool_),
     )
     settings = method_for("fe", at.config).anchor
-    step = anchor.Sizes(
+    step = anchor_room.Sizes(
         lanes=lanes,
         tokens=lanes * sizes.suffix,
         asks=lanes * sizes.asks,
@@ -182,7 +183,7 @@ def anchors(at: Planner, sizes: Sizes, lanes: int, edits: int, layer: int, keep:
 
 def anchors_in(at: Planner, sizes: Sizes, edits: int, layer: int, memory: float) -> list[Stage]:
     """Every choice of what the backward pass keeps; the first that fits is the one that is taken."""
-    from jaxedit.targets.anchor import KEPT
+    from jaxedit.targets.anchor_room import KEPT
 
     made = [anchors(at, sizes, edits, edits, layer, keep) for keep in KEPT]
     first = next((i for i, s in enumerate(made) if s.estimate <= memory), len(made) - 1)
@@ -335,7 +336,7 @@ def main():
     at = Planner(device, family_of(SHAPES["llama-3-8b"], "Llama-3-8B")[1], args.dtype)
     sizes = Sizes(suffix=args.suffix)
     if args.estimates:
-        from jaxedit.targets.anchor import KEPT
+        from jaxedit.targets.anchor_room import KEPT
 
         stages = [
             anchors(at, dataclasses.replace(sizes, **more), n, held, layer, KEPT[i])

@@ -25,8 +25,9 @@ from sweep import MEASURES
 import jaxedit as je
 from jaxedit.data.templates import sample_templates
 from jaxedit.data.tokens import check_templates, validate
-from jaxedit.targets import anchor
 from jaxedit.targets.anchor_plan import make_plan
+from jaxedit.targets.anchor_room import KEPT, arrange
+from jaxedit.targets.anchor_step import Fixed, Step, end_to_end, logits_at, loss, prepare, safe_norm
 from jaxedit.targets.strategies import replay
 
 
@@ -113,34 +114,39 @@ def rules(lr: float, size: float, steps: int) -> dict[str, Rule]:
     }
 
 
-@partial(jax.jit, static_argnames=("config", "layer", "sizes"))
-def prepared(params, config, plan, layer, sizes):
-    return anchor._end_to_end(anchor._prepare(params, config, plan, layer, sizes), plan, sizes)
+@partial(jax.jit, static_argnames=("config", "layer", "settings", "sizes"))
+def prepared(params, config, plan, layer, settings, sizes):
+    """The fixed part of the edits, and the step that all of them make together."""
+    fixed = prepare(params, config, plan, layer, settings, sizes)
+    return fixed, end_to_end(fixed, plan, sizes)
 
 
 def make_step(rule: Rule, config, layer: int, settings: je.AnchorConfig):
-    """One step of all edits, compiled: ``(params, edits, δ, state) -> (losses before it, δ, state)``."""
-    fixed: dict[str, Any] = {"layer": layer, "settings": settings, "keep": anchor.KEPT[0]}
+    """One step of all edits, compiled: ``(params, edits, largest ‖δ‖, δ, state) -> (losses before it, δ, state)``."""
 
     @jax.jit
-    def step(params, edits: anchor.Step, delta, state):
-        gradient, terms = jax.grad(anchor.loss, has_aux=True)(delta, params, config, edits, **fixed)
+    def step(params, edits: Step, most, delta, state):
+        gradient, terms = jax.grad(loss_of, has_aux=True)(delta, params, config, edits, layer, settings, KEPT[0])
         product = curvature(params, config, edits, layer, delta) if rule.products else None
         change, state = rule.update(gradient, state, delta, product)
         new = delta + change
-        most = settings.clamp * anchor.safe_norm(edits.init)
-        norm = anchor.safe_norm(new)
+        norm = safe_norm(new)
         new = new * jnp.where(norm > most, most / jnp.where(norm == 0, 1, norm), 1)[:, None]
         return terms, new, state
 
     return step
 
 
-def curvature(params, config, edits: anchor.Step, layer: int, delta):
+def loss_of(delta, *rest):
+    """`jaxedit.targets.anchor_step.loss` of ``δ [n, d_model]``: there is one part."""
+    return loss(delta[:, None], *rest)
+
+
+def curvature(params, config, edits: Step, layer: int, delta):
     """Products of all edits with the Gauss-Newton matrix of the target's negative log likelihood."""
 
     def ask(delta):
-        return anchor.logits_at(delta, params, config, edits, edits.asks, layer, anchor.KEPT[0])
+        return logits_at(delta[:, None], params, config, edits, edits.asks, layer, KEPT[0])
 
     logits, backward = jax.vjp(ask, delta)
     # The model has reverse derivatives only; the derivative of the linear `backward` is the forward one
@@ -157,21 +163,21 @@ def curvature(params, config, edits: anchor.Step, layer: int, delta):
     return product
 
 
-def optimise(rule: Rule, params, config, edits: anchor.Step, layer: int, settings: je.AnchorConfig):
+def optimise(rule: Rule, params, config, fixed: Fixed, edits: Step, layer: int, settings: je.AnchorConfig):
     """δ ``[n, d]``, evaluations ``[n]`` until the threshold or the limit, and losses ``[evaluations, n]``."""
     step = make_step(rule, config, layer, settings)
-    delta = jnp.zeros_like(edits.init)
+    delta = jnp.zeros_like(fixed.init)
     state = rule.init(delta)
     kept, best, spent = np.zeros(delta.shape), np.full(len(delta), np.inf), np.zeros(len(delta), int)
     running, losses = np.ones(len(delta), bool), []
     while running.any():
-        terms, new, state = step(params, edits, delta, state)
-        loss = np.asarray(terms[:, 0])
+        terms, new, state = step(params, edits, fixed.limits[:, 0], delta, state)
+        now = np.asarray(terms[:, 0])
         spent[running] += 1
-        kept[running], best[running] = np.asarray(delta)[running], loss[running]
-        losses.append(np.where(running, loss, best))
+        kept[running], best[running] = np.asarray(delta)[running], now[running]
+        losses.append(np.where(running, now, best))
         # The last evaluation of a run makes no step
-        running &= (loss >= settings.threshold) & (spent + rule.products < settings.steps)
+        running &= (now >= settings.threshold) & (spent + rule.products < settings.steps)
         spent[running] += rule.products
         delta = new
     return kept, spent, np.asarray(losses)
@@ -187,17 +193,17 @@ def main():
     templates = sample_templates(model, tokenizer, 0)
     edits = validate(tokenizer, requests, check_templates(templates), model.config.max_positions)
     together = dataclasses.replace(settings, tokens_per_step=1_000_000)
-    (bucket,) = anchor.arrange(model.params, model.config, edits, layer, together)
+    (bucket,) = arrange(model.params, model.config, edits, layer, together)
     edits, requests = ([x[i] for i in bucket.members] for x in (edits, requests))
     plan = jax.tree.map(jnp.asarray, make_plan(edits, bucket.shape, len(edits)))
-    fixed = prepared(model.params, model.config, plan, layer, bucket.sizes)
+    fixed, step = prepared(model.params, model.config, plan, layer, settings, bucket.sizes)
     size = float(np.linalg.norm(fixed.init, axis=-1).mean())
     rows = []
     print(HEADER)
     for name, rule in rules(settings.lr, size, settings.steps).items():
         if args.only and not any(part in name for part in args.only):
             continue
-        delta, spent, losses = optimise(rule, model.params, model.config, fixed, layer, settings)
+        delta, spent, losses = optimise(rule, model.params, model.config, fixed, step, layer, settings)
         row: dict[str, Any] = {
             "rule": name,
             "mean_evaluations": float(spent.mean()),

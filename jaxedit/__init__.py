@@ -16,32 +16,46 @@ if TYPE_CHECKING:
     from jaxedit.config import (
         AnchorConfig,
         BackwardSpread,
+        EqualityConstrained,
         ForwardReplay,
         Method,
+        NeuronSubset,
+        NullSpace,
         PerLayer,
+        RelativeSparsify,
         Ridge,
+        SpectralClamp,
+        SpectralSparsify,
     )
+    from jaxedit.data.counterfact import read_references
+    from jaxedit.data.knowedit import read_knowedit
+    from jaxedit.data.mquake import read_mquake
     from jaxedit.data.requests import read_requests
     from jaxedit.edit import EditResult, apply_edits
     from jaxedit.edit import find_targets as targets
-    from jaxedit.errors import (
-        CheckpointError,
-        JaxEditError,
-        PatchError,
-        RequestError,
-        StatisticsError,
-    )
+    from jaxedit.errors import CheckpointError, JaxEditError, PatchError, RequestError, StatisticsError
+    from jaxedit.evaluation.consistency import fit_vectoriser, reference_scores
+    from jaxedit.evaluation.fluency import fluency
     from jaxedit.evaluation.generation import generate
     from jaxedit.evaluation.metrics import evaluate
+    from jaxedit.evaluation.multihop import Asking, evaluate_multihop
+    from jaxedit.evaluation.perplexity import PerplexityProbe, perplexity
+    from jaxedit.evaluation.portability import evaluate_knowedit
     from jaxedit.evaluation.report import Report
+    from jaxedit.evaluation.zsre import evaluate_zsre
+    from jaxedit.export.lora import LoraInfo, apply_lora, check_lora, load_lora, save_lora
+    from jaxedit.export.merge import MergeReport, merge_patches
     from jaxedit.export.patch import EditPatch, apply_patch, withdraw_patch
+    from jaxedit.groups import EditGroup, apply_groups
     from jaxedit.info import EditInfo, LayerInfo
     from jaxedit.models.hub import load, save
     from jaxedit.models.transformer import Decoder, hidden_states, logits
     from jaxedit.presets import METHODS, method_for
     from jaxedit.sharding import make_mesh
+    from jaxedit.solvers.prepare import prepare
     from jaxedit.solvers.ridge import factorise
     from jaxedit.statistics import SecondMoment, SecondMoments, second_moments
+    from jaxedit.stream import CollapseGuard, StreamResult, StreamStep, edit_stream
     from jaxedit.targets.strategies import Targets
     from jaxedit.types import EditRequest
 
@@ -49,21 +63,36 @@ if TYPE_CHECKING:
 
 # Module to the names that come from it, the same as above.
 _MODULES = {
-    "config": "AnchorConfig BackwardSpread ForwardReplay Method PerLayer Ridge",
+    "config": "AnchorConfig BackwardSpread EqualityConstrained ForwardReplay Method NeuronSubset "
+    "NullSpace PerLayer RelativeSparsify Ridge SpectralClamp SpectralSparsify",
+    "data.counterfact": "read_references",
+    "data.knowedit": "read_knowedit",
+    "data.mquake": "read_mquake",
     "data.requests": "read_requests",
     "edit": "EditResult apply_edits",
     "errors": "CheckpointError JaxEditError PatchError RequestError StatisticsError",
+    "evaluation.consistency": "fit_vectoriser reference_scores",
+    "evaluation.fluency": "fluency",
     "evaluation.generation": "generate",
     "evaluation.metrics": "evaluate",
+    "evaluation.multihop": "Asking evaluate_multihop",
+    "evaluation.perplexity": "PerplexityProbe perplexity",
+    "evaluation.portability": "evaluate_knowedit",
     "evaluation.report": "Report",
+    "evaluation.zsre": "evaluate_zsre",
+    "export.lora": "LoraInfo apply_lora check_lora load_lora save_lora",
+    "export.merge": "MergeReport merge_patches",
     "export.patch": "EditPatch apply_patch withdraw_patch",
+    "groups": "EditGroup apply_groups",
     "info": "EditInfo LayerInfo",
     "models.hub": "load save",
     "models.transformer": "Decoder hidden_states logits",
     "presets": "METHODS method_for",
     "sharding": "make_mesh",
+    "solvers.prepare": "prepare",
     "solvers.ridge": "factorise",
     "statistics": "SecondMoment SecondMoments second_moments",
+    "stream": "CollapseGuard StreamResult StreamStep edit_stream",
     "targets.strategies": "Targets",
     "types": "EditRequest",
 }
@@ -71,40 +100,72 @@ _HOMES = {name: (module, name) for module, names in _MODULES.items() for name in
 _HOMES["targets"] = ("edit", "find_targets")
 
 __all__ = [
-    "METHODS",
     "AnchorConfig",
+    "Asking",
     "BackwardSpread",
     "CheckpointError",
+    "CollapseGuard",
     "Decoder",
+    "EditGroup",
     "EditInfo",
     "EditPatch",
     "EditRequest",
     "EditResult",
+    "EqualityConstrained",
     "ForwardReplay",
     "JaxEditError",
     "LayerInfo",
+    "LoraInfo",
+    "METHODS",
+    "MergeReport",
     "Method",
+    "NeuronSubset",
+    "NullSpace",
     "PatchError",
     "PerLayer",
+    "PerplexityProbe",
+    "RelativeSparsify",
     "Report",
     "RequestError",
     "Ridge",
     "SecondMoment",
     "SecondMoments",
+    "SpectralClamp",
+    "SpectralSparsify",
     "StatisticsError",
+    "StreamResult",
+    "StreamStep",
     "Targets",
     "apply_edits",
+    "apply_groups",
+    "apply_lora",
     "apply_patch",
+    "check_lora",
+    "edit_stream",
     "evaluate",
+    "evaluate_knowedit",
+    "evaluate_multihop",
+    "evaluate_zsre",
     "factorise",
+    "fit_vectoriser",
+    "fluency",
     "generate",
     "hidden_states",
     "load",
+    "load_lora",
     "logits",
     "make_mesh",
+    "merge_patches",
     "method_for",
+    "perplexity",
+    "prepare",
+    "read_knowedit",
+    "read_mquake",
+    "read_references",
     "read_requests",
+    "reference_scores",
     "save",
+    "save_lora",
     "second_moments",
     "targets",
     "withdraw_patch",

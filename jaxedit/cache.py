@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,3 +32,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def swap_directory(fresh: Path, to: Path) -> None:
+    """Put the finished directory `fresh` in the place of `to`, which may exist; both are in the same folder."""
+    if not to.exists():
+        fresh.rename(to)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{to.name}-old-", dir=to.parent))
+    to.rename(old / to.name)
+    fresh.rename(to)
+    shutil.rmtree(old)

@@ -1,17 +1,15 @@
 """`apply_edits`: the pipeline every locate-then-edit method is a filling of.
 
-keys → anchor → targets → residuals → solve → ΔW, layer by layer from the bottom
+keys → anchor → targets → residuals → solve → regularise → ΔW, layer by layer from the bottom
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +19,17 @@ from jaxedit.config import BackwardSpread, Method, PerLayer
 from jaxedit.data.templates import sample_templates
 from jaxedit.data.tokens import CLEAN, EditTokens, check_templates, chunks, pack, template_weights, validate
 from jaxedit.errors import JaxEditError
-from jaxedit.export.patch import Delta, EditPatch, make_patch, with_matrices
-from jaxedit.info import EditInfo, LayerInfo
-from jaxedit.layer_loop import LayerLoop, Progress, anchor_progress
+from jaxedit.export.patch import EditPatch, make_patch, with_matrices
+from jaxedit.info import EditInfo, make_info
+from jaxedit.layer_loop import Progress, anchor_progress
 from jaxedit.models.config import ModelConfig
-from jaxedit.models.transformer import (
-    Context,
-    Decoder,
-    Params,
-    embed,
-    run,
-    unembed,
-)
+from jaxedit.models.transformer import Context, Decoder, Params, embed, run, unembed
+from jaxedit.passes import Clock, Passes
 from jaxedit.presets import resolve
 from jaxedit.sharding import mesh_of
-from jaxedit.solvers.ridge import Factor, factorise, protect
+from jaxedit.solvers.prepare import Prepared, prepare, protect_keys
 from jaxedit.statistics import SecondMoments, second_moments
+from jaxedit.targets.anchor_room import Rooms
 from jaxedit.targets.strategies import Targets, make_targets
 from jaxedit.types import EditRequest
 
@@ -57,7 +50,7 @@ class EditResult:
     targets: Targets
     keys: dict[int, np.ndarray]
     stats: SecondMoments
-    factor: Factor | None = None
+    factor: Prepared | None = None
 
 
 def apply_edits(
@@ -70,7 +63,7 @@ def apply_edits(
     targets: Targets | None = None,
     templates=None,
     *,
-    factor: Factor | None = None,
+    factor: Prepared | None = None,
     anchor_cache: Path | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
@@ -84,8 +77,8 @@ def apply_edits(
     targets: made earlier by `targets` or elsewhere; by default found here. With PerLayer they may cover only some
         layers, and the others are found on the model as edited so far. templates: context templates, "{}"
         first; by default sampled from the model with `seed`.
-    factor: of the second moments, from `jaxedit.solvers.ridge.factorise`, to save factoring again. A continued
-        EditResult's own is preferred, as earlier keys are absorbed into that.
+    factor: of the second moments, from `jaxedit.solvers.prepare.prepare` (or `jaxedit.factorise`), to save preparing
+        the solver again. A continued EditResult's own is preferred, as earlier keys are absorbed into that.
     anchor_cache: a folder in which finished anchors are kept, part by part, and from which a call with the same
         model, edits and settings takes them, so that one that was killed goes on where it was.
     on_progress: told (stage, done, total).
@@ -96,12 +89,55 @@ def apply_edits(
     Raises RequestError naming every request that cannot be carried out, JaxEditError (StatisticsError) where
     method, layers, statistics or targets do not fit the model. Nothing is changed in that case.
     """
+    requests = tuple(requests)
+    return edit_grouped(
+        *(model, tokenizer, requests, method, Grouping.of(len(requests)), layers, stats, targets, templates),
+        factor=factor,
+        anchor_cache=anchor_cache,
+        seed=seed,
+        on_progress=on_progress,
+    )
+
+
+class Grouping(NamedTuple):
+    """What `jaxedit.groups` says of n requests: the weight of each ``[n]``, which of them are solved for together, with
+    second moments of their own or None for those of the call, and the goal of each (see `EditTokens`)."""
+
+    weights: np.ndarray
+    parts: tuple[np.ndarray, ...]
+    stats: tuple[SecondMoments | None, ...]
+    goals: tuple[str, ...]
+
+    @classmethod
+    def of(cls, n: int) -> Grouping:
+        """n ordinary edits."""
+        return cls(np.ones(n), (np.arange(n),), (None,), ("say",) * n)
+
+
+def edit_grouped(
+    model: Decoder | EditResult,
+    tokenizer,
+    requests: tuple[EditRequest, ...],
+    method: str | Method,
+    grouping: Grouping,
+    layers: Sequence[int] | None = None,
+    stats: SecondMoments | None = None,
+    targets: Targets | None = None,
+    templates=None,
+    *,
+    factor: Prepared | None = None,
+    anchor_cache: Path | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+    rooms: Rooms | None = None,
+) -> EditResult:
+    """`apply_edits` for requests in groups, and for batches of a stream, which hand on `rooms`."""
     previous = model if isinstance(model, EditResult) else None
     base = previous.model if previous is not None else model
     if not isinstance(base, Decoder):
         raise JaxEditError(f"model must be a Decoder (from jaxedit.load) or an EditResult, got {type(base).__name__}")
-    clock = _Clock()
-    config, requests = base.config, tuple(requests)
+    clock = Clock()
+    config = base.config
     method = resolve(method, config, layers)
     with clock("tokens"):
         validate(tokenizer, requests, CLEAN, config.max_positions)
@@ -109,28 +145,26 @@ def apply_edits(
             templates = previous.info.templates if previous is not None else sample_templates(base, tokenizer, seed)
         templates = check_templates(templates)
         edits = validate(tokenizer, requests, templates, config.max_positions)
-        weights = template_weights(templates)
+        edits = [dataclasses.replace(e, goal=goal) for e, goal in zip(edits, grouping.goals, strict=True)]
     _check_targets(targets, method, len(edits), config)
     with clock("statistics"):
         stats = _statistics(stats, previous, base, tokenizer, method, on_progress)
     with clock("factor"):
-        factor = _factor(factor, previous, base, stats, method)
-    given = targets is not None
-    if targets is None and not isinstance(method.targets, PerLayer):
-        with clock("targets"):
-            report = anchor_progress(on_progress, edits)
-            targets = make_targets(base.params, config, edits, method, weights, report, anchor_cache)
-    with clock("layers"):
-        past = previous.keys if previous else {}
-        loop = LayerLoop(base, config, method, edits, weights, factor, past, clock, anchor_cache)
-        targets = loop.run(targets, on_progress)
+        prepared = _prepared(factor, previous, base, stats, method)
+        past = dict(previous.keys) if previous is not None else {}
+        own = [
+            None if s is None else _prepared(None, None, base, _checked(s, base, method), method)
+            for s in grouping.stats
+        ]
+    work = Passes(base, method, templates, clock, anchor_cache, on_progress, past, rooms)
+    targets, prepared = work.run(edits, grouping, targets, prepared, own)
     with clock("patch"):
-        patch, matrices = make_patch(describe(method), requests, loop.originals, loop.deltas)
+        patch, matrices = make_patch(describe(method), requests, work.originals, work.deltas)
         edited = with_matrices(base, matrices)
     with clock("probabilities"):
         chances = [probabilities(m.params, config, edits) for m in (base, edited)]
-    info = _info(method, templates, targets, loop, matrices, chances, clock.seconds, given)
-    return EditResult(edited, patch, info, targets, loop.all_keys, stats, factor)
+    info = make_info(method, templates, targets, work, matrices, chances, clock.seconds)
+    return EditResult(edited, patch, info, targets, work.keys, stats, prepared)
 
 
 def find_targets(
@@ -152,8 +186,8 @@ def find_targets(
     method = resolve(method, model.config, layers)
     templates = check_templates(sample_templates(model, tokenizer, seed) if templates is None else templates)
     edits = validate(tokenizer, tuple(requests), templates, model.config.max_positions)
-    weights = template_weights(templates)
-    return make_targets(model.params, model.config, edits, method, weights, anchor_progress(on_progress, edits))
+    contexts = template_weights(templates, method.key_average)
+    return make_targets(model.params, model.config, edits, method, contexts, anchor_progress(on_progress, edits))
 
 
 def describe(method: Method) -> dict[str, Any]:
@@ -161,6 +195,8 @@ def describe(method: Method) -> dict[str, Any]:
     plain = dataclasses.asdict(method)
     plain["targets"] = {"kind": type(method.targets).__name__, **plain["targets"]}
     plain["solver"] = {"kind": type(method.solver).__name__, **plain["solver"]}
+    if method.regulariser is not None:
+        plain["regulariser"] = {"kind": type(method.regulariser).__name__, **plain["regulariser"]}
     plain["layers"] = list(method.layers)
     return plain
 
@@ -191,48 +227,37 @@ def _statistics(stats, previous, base, tokenizer, method, on_progress) -> Second
     if stats is None:
         report = None if on_progress is None else partial(on_progress, "statistics")
         stats = second_moments(base, tokenizer, None, method.layers, on_progress=report)
+    return _checked(stats, base, method)
+
+
+def _checked(stats: SecondMoments, base: Decoder, method: Method) -> SecondMoments:
     stats.check(base)
     for l in method.layers:
         stats[l]
     return stats
 
 
-def _factor(given: Factor | None, previous, base: Decoder, stats: SecondMoments, method: Method) -> Factor:
-    """The factor to solve with, which protects all keys of earlier edits."""
+def _prepared(given: Prepared | None, previous, base: Decoder, stats: SecondMoments, method: Method) -> Prepared:
+    """What to solve with, which protects all keys of earlier edits."""
     if given is not None and not _fits(given, method):
         raise JaxEditError("factor was made for another solver or other layers")
     if given is not None and any(part.protected for part in given.parts.values()):
         raise JaxEditError("factor has keys absorbed; pass it as factorise made it (earlier edits' are absorbed here)")
-    keys = {} if previous is None else previous.keys
+    keys = previous.keys if previous is not None and method.protect else {}
     carried = None if previous is None or previous.stats is not stats else previous.factor
-    if carried is not None and _fits(carried, method):
+    if carried is not None and _fits(carried, method) and (method.protect or not _protects(carried)):
         if any(carried[l].protected > len(keys.get(l, ())) for l in carried.layers):
             raise JaxEditError("the EditResult's factor protects more keys than it has; set its factor to None")
-        return protect(carried, keys)
-    return protect(given or factorise(method.solver, stats, method.layers, mesh=mesh_of(base.params)), keys)
+        return protect_keys(carried, keys)
+    return protect_keys(given or prepare(method.solver, stats, method.layers, mesh=mesh_of(base.params)), keys)
 
 
-def _fits(factor: Factor, method: Method) -> bool:
-    return factor.solver == method.solver and set(method.layers) <= set(factor.layers)
+def _fits(prepared: Prepared, method: Method) -> bool:
+    return prepared.solver == method.solver and set(method.layers) <= set(prepared.layers)
 
 
-class _Clock:
-    """Seconds per stage; inner stages are subtracted from the outer one."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._inner = [0.0]
-
-    @contextmanager
-    def __call__(self, stage: str):
-        start = time.perf_counter()
-        self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent - self._inner.pop()
-            self._inner[-1] += spent
+def _protects(prepared: Prepared) -> bool:
+    return any(part.protected for part in prepared.parts.values())
 
 
 def probabilities(params: Params, config: ModelConfig, edits: Sequence[EditTokens]) -> np.ndarray:
@@ -256,43 +281,3 @@ def _chances(params, config: ModelConfig, tokens, positions, segments, at, answe
     log_probs = jax.nn.log_softmax(unembed(params, config, jnp.take_along_axis(h, at[..., None], 1)), -1)
     chosen = jnp.take_along_axis(log_probs, answers[..., None], 2)[..., 0]
     return jnp.exp(jnp.sum(chosen * weights.astype(chosen.dtype), -1))
-
-
-def _info(method, templates, targets: Targets, loop: LayerLoop, matrices, chances, seconds, given: bool) -> EditInfo:
-    last = targets.at(method.layers[-1])
-    remaining = np.stack([np.linalg.norm(last - h, axis=-1) for h in loop.last_states])
-    rows = []
-    for i, l in enumerate(method.layers):
-        delta = Delta(loop.solutions[l].left, loop.solutions[l].right).dense()
-        original = loop.originals[l].astype(np.float64)
-        size = float(np.linalg.norm(delta))
-        rounding = float(np.linalg.norm(matrices[l].astype(np.float64) - original - delta))
-        start = np.where(remaining[0] == 0, 1, remaining[0])
-        rows.append(
-            LayerInfo(
-                layer=l,
-                residual_before=float((remaining[i] / start).mean()),
-                residual_after=float((remaining[i + 1] / start).mean()),
-                key_norm=loop.key_norms[l],
-                update_norm=size,
-                relative_update_norm=size / float(np.linalg.norm(original)),
-                solve_residual=loop.solutions[l].residual,
-                condition=float(loop.factor.condition[loop.factor.layers.index(l)]),
-                rounding_loss=rounding / size if size else 0.0,
-            )
-        )
-    first_anchor = next(iter(targets.anchors.values()), None)
-    return EditInfo(
-        method=method,
-        templates=templates,
-        layers=tuple(rows),
-        remaining=remaining,
-        targets_given=given,
-        updates=None if first_anchor is None else first_anchor.updates,
-        final_loss=None if first_anchor is None else first_anchor.final_loss,
-        init_norm=None if first_anchor is None else np.linalg.norm(first_anchor.init, axis=-1),
-        delta_norm=None if first_anchor is None else np.linalg.norm(first_anchor.value - first_anchor.init, axis=-1),
-        probability_before=chances[0],
-        probability_after=chances[1],
-        seconds=dict(seconds),
-    )

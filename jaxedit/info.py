@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxedit.config import Method
+
+if TYPE_CHECKING:
+    from jaxedit.passes import Passes
+    from jaxedit.targets.strategies import Targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +21,8 @@ class LayerInfo:
     residual_before, residual_after: norm of what is missing to the target at the *last* edited layer, before and
         after this layer is edited, as a ratio of what was missing at first (FE, Tables 2 and 5); mean over edits.
     key_norm: mean ‖k‖. update_norm: ‖ΔW‖ (Frobenius); relative_update_norm: over ‖W‖.
-    solve_residual: of the normal equations, relative. condition: estimated condition number of λC + l2·I.
+    solve_residual: of the normal equations, relative. condition: estimated condition number of what keys are added
+        to, λC + l2·I or l2·I (NaN for NeuronSubset, where it is another matrix for other edits).
     rounding_loss: ‖written − exact‖ / ‖ΔW‖, what rounding to the model's dtype took away.
     """
 
@@ -64,3 +69,47 @@ class EditInfo:
         made = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "method"}
         made["layers"] = [dataclasses.asdict(l) for l in self.layers]
         return {"method": self.method.name, **made}
+
+
+def make_info(method: Method, templates, targets: Targets, work: Passes, matrices, chances, seconds) -> EditInfo:
+    """The report of an edit.
+
+    work: its passes; matrices: what was written, per layer; chances: probabilities of the targets ``[n]`` before and
+    after.
+    """
+    rows = []
+    start = np.where(work.remaining[0] == 0, 1, work.remaining[0])
+    ratios = np.nanmean(work.remaining / start, axis=1)
+    for i, l in enumerate(method.layers):
+        delta = work.deltas[l].dense()
+        original = work.originals[l].astype(np.float64)
+        size = float(np.linalg.norm(delta))
+        rounding = float(np.linalg.norm(matrices[l].astype(np.float64) - original - delta))
+        rows.append(
+            LayerInfo(
+                layer=l,
+                residual_before=float(ratios[i]),
+                residual_after=float(ratios[i + 1]),
+                key_norm=float(np.concatenate(work.norms[l]).mean()),
+                update_norm=size,
+                relative_update_norm=size / float(np.linalg.norm(original)),
+                solve_residual=work.residuals[l],
+                condition=work.condition[l],
+                rounding_loss=rounding / size if size else 0.0,
+            )
+        )
+    anchor = next(iter(targets.anchors.values()), None)
+    return EditInfo(
+        method=method,
+        templates=templates,
+        layers=tuple(rows),
+        remaining=work.remaining,
+        targets_given=work.targets_given,
+        updates=None if anchor is None else anchor.updates,
+        final_loss=None if anchor is None else anchor.final_loss,
+        init_norm=None if anchor is None else np.linalg.norm(anchor.init, axis=-1),
+        delta_norm=None if anchor is None else np.linalg.norm(anchor.value - anchor.init, axis=-1),
+        probability_before=chances[0],
+        probability_after=chances[1],
+        seconds=dict(seconds),
+    )

@@ -8,8 +8,9 @@ to layer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +24,18 @@ from jaxedit.models.transformer import (
     Context,
     Decoder,
     Params,
+    after_mlp,
     embed,
     from_key,
     layer,
+    mlp_output,
     run,
     to_key,
     window_of,
 )
-from jaxedit.solvers.ridge import Factor, Solution, solve, solve_all
-from jaxedit.targets.resumable import find_anchors_resumable
+from jaxedit.regularise import regularise
+from jaxedit.solvers.prepare import Prepared, operators, solve_layer
+from jaxedit.solvers.ridge import Solution
 from jaxedit.targets.strategies import Targets
 
 Progress = Callable[[str, int, int], None]
@@ -95,69 +99,99 @@ def _finish(band, config: ModelConfig, stream, key, index):
     return from_key(layer(band, index), config, stream, key)
 
 
-@partial(jax.jit, static_argnames=("config", "start"))
-def _to_last(band, config: ModelConfig, h, context, lookup, start: int):
-    """Hidden states at the decisive token after the last edited layer, ``[n, d_model]``."""
-    h = run(band, config, h, context, start, config.n_layer)
-    return jnp.take_along_axis(h, lookup[:, :1, None], 1)[:, 0]
+@partial(jax.jit, static_argnames=("config", "start", "mlp"))
+def _to_last(band, config: ModelConfig, h, context, lookup, start: int, mlp: bool):
+    """What the last edited layer makes of the decisive token, ``[n, d_model]``: its output, or its MLP's."""
+    last = config.n_layer - 1
+    h = run(band, config, h, context, start, last)
+    block = layer(band, last)
+    stream, key, _, _ = to_key(block, config, h, context, window_of(config, last))
+    out = mlp_output(block, key)
+    return jnp.take_along_axis(out if mlp else after_mlp(block, config, stream, out), lookup[:, :1, None], 1)[:, 0]
+
+
+@jax.jit
+def _mlp_output(band, key, lookup, index):
+    """What the MLP of one layer makes of the decisive token of the first row, ``[n, d_model]``."""
+    return mlp_output(layer(band, index), jnp.take_along_axis(key, lookup[:, :1, None], 1)[:, 0])
+
+
+class Part(NamedTuple):
+    """Edits that are solved for together, by their indices, and what with."""
+
+    rows: np.ndarray
+    prepared: Prepared
 
 
 class LayerLoop:
-    """The edited layers from the bottom up. `band` holds just those blocks, their edited matrices in float32."""
+    """The edited layers from the bottom up. `band` holds just those blocks, their edited matrices in float32.
 
-    def __init__(self, base: Decoder, config, method: Method, edits, weights, factor: Factor, past, clock, cache=None):
-        self.base, self.config, self.method, self.edits, self.clock = base, config, method, edits, clock
-        self.anchor_cache = cache
-        self.weights, self.factor, self.past = weights, factor, past
+    contexts: the weight of each context in a key ``[p]``. parts: the sum of their updates is written. emphasis: None,
+    or the weight of each edit in the solve ``[n]``. find: (params, layer) -> Anchors, for targets that are found on
+    the model as edited so far.
+    """
+
+    def __init__(
+        self, base: Decoder, method: Method, edits, contexts, parts: Sequence[Part], find, clock, emphasis=None
+    ):
+        self.base, self.config, self.method, self.edits, self.clock = base, base.config, method, edits, clock
+        self.contexts, self.parts, self.find = contexts, parts, find
+        self.scale = None if emphasis is None else np.sqrt(np.asarray(emphasis, np.float64))[:, None]
         layers = method.layers
-        self.first, last = layers[0], layers[-1]
+        self.first, self.last = layers[0], layers[-1]
+        self.mlp = method.anchor.site != "block_out"
         self.band_config = dataclasses.replace(
-            config, n_layer=last - self.first + 1, windows=config.windows[self.first : last + 1]
+            self.config, n_layer=self.last - self.first + 1, windows=self.config.windows[self.first : self.last + 1]
         )
-        self.band = {"blocks": jax.tree.map(lambda x: x[self.first : last + 1], base.params["blocks"])}
+        self.band = {"blocks": jax.tree.map(lambda x: x[self.first : self.last + 1], base.params["blocks"])}
         down = self.band["blocks"]["down"]
         self.originals = {l: np.asarray(down["w"][l - self.first]) for l in layers}
         self.band["blocks"]["down"] = {**down, "w": down["w"].astype(delta_dtype(base))}
         self.solutions: dict[int, Solution] = {}
         self.deltas: dict[int, Delta] = {}
-        self.all_keys = dict(past)
-        self.key_norms: dict[int, float] = {}
+        self.keys: dict[int, np.ndarray] = {}
         self.last_states: list[np.ndarray] = []
 
     def run(self, targets: Targets | None, on_progress: Progress | None) -> Targets:
         params, config, layers = self.base.params, self.config, self.method.layers
         replayed = targets.keys if targets is not None and self.method.keys == "replayed" else None
         clean = Group.enter(params, config, pack([e.contexts[:1] for e in self.edits], True), self.first)
-        others = None
-        if len(self.weights) > 1 and replayed is None:
+        others, entered = None, clean.h
+        if self.contexts[1:].any() and replayed is None:
             others = Group.enter(params, config, pack([e.contexts[1:] for e in self.edits], True), self.first)
+        if replayed is not None and self.scale is not None:
+            replayed = replayed * self.scale
         operators = None if replayed is None else self._operators(replayed)
         anchors = {} if targets is None else dict(targets.anchors)
         known = {} if targets is None else {l: targets.at(l) for l in targets.layers}
         for i, l in enumerate(layers):
-            keys, halves = self._keys(clean, others, l)
+            keys, own, halves = self._keys(clean, others, l)
             before = [_finish(self.band, self.band_config, s, k, l - self.first) for s, k in halves[0]]
-            self._record_last(clean, before, l)
+            self._record_last(clean, before, halves[0], l)
             if isinstance(self.method.targets, BackwardSpread):
                 rest = known[layers[-1]] - self.last_states[-1]
                 residual = rest * self.method.targets.share(len(layers) - i)
             else:
                 if l not in known:  # PerLayer: on the model as edited so far
-                    anchors[l] = self._anchors(l, on_progress)
+                    anchors[l] = self.find(self._edited().params, l)
                     known[l] = anchors[l].value
-                residual = known[l] - clean.at_lookup(before)
+                residual = known[l] - (self._mlp_outputs(clean, halves[0], l) if self.mlp else clean.at_lookup(before))
             with self.clock("solve"):
                 if operators is None or replayed is None:
-                    self._write(l, keys, solve(self.factor, l, keys, residual))
+                    keys = keys if self.scale is None else keys * self.scale
+                    self._write(l, keys, self._solve(l, keys, own, residual))
                 else:
                     x, error = operators[i]
-                    self._write(l, replayed[i], Solution(x, residual.astype(np.float64), float(error)))
-            self._advance([clean, others] if l != layers[-1] else [clean], halves, l)
-            if l != layers[-1]:
+                    right = residual.astype(np.float64) if self.scale is None else residual * self.scale
+                    self._write(l, replayed[i], Solution(x, right, float(error)))
+            if l == layers[-1]:
+                self._record_last(clean, self._advance([clean], halves, l), halves[0], l)
+            else:
+                self._advance([clean, others], halves, l)
                 self._skip_to(clean, others, l + 1, layers[i + 1])
             if on_progress is not None:
                 on_progress("layers", i + 1, len(layers))
-        self.last_states.append(clean.at_lookup(clean.h))
+        self._trim(clean, entered)
         if targets is None or not set(layers) <= set(targets.layers):
             lookup = np.asarray([e.contexts[0].lookup for e in self.edits], np.int32)
             targets = Targets(tuple(known), np.stack(list(known.values())), lookup, anchors)
@@ -166,10 +200,20 @@ class LayerLoop:
     def _operators(self, keys: np.ndarray) -> list:
         """All layers solved at once, which replayed keys make possible: they are known before the first edit."""
         with self.clock("solve"):
-            return list(zip(*solve_all(self.factor, keys, self.method.layers), strict=True))
+            (part,) = self.parts
+            return list(zip(*operators(part.prepared, keys, self.method.layers), strict=True))
+
+    def _solve(self, l: int, keys: np.ndarray, clean: np.ndarray, residual: np.ndarray) -> Solution:
+        if self.scale is not None:
+            clean, residual = clean * self.scale, residual * self.scale
+        found = [solve_layer(p.prepared, l, keys[p.rows], residual[p.rows], clean[p.rows]) for p in self.parts]
+        if len(found) == 1:
+            return found[0]
+        left, right = np.concatenate([s.left for s in found], 1), np.concatenate([s.right for s in found])
+        return Solution(left, right, max(s.residual for s in found))
 
     def _keys(self, clean: Group, others: Group | None, l: int):
-        """Keys ``[n, d_ff]``, averaged over contexts with the published weights, and the halves of the block."""
+        """Keys ``[n, d_ff]``, averaged over contexts, those of the clean prompt, and the halves of the block."""
         groups, found, halves = [clean] + ([others] if others else []), [], []
         for group in groups:
             parts = [
@@ -179,48 +223,67 @@ class LayerLoop:
             found.append(group.gather(p[2] for p in parts))
             halves.append([p[:2] for p in parts])
         keys = np.concatenate(found, 1).astype(delta_dtype(self.base))
-        weights = self.weights[: keys.shape[1]] / self.weights[: keys.shape[1]].sum()
-        return np.einsum("npf,p->nf", keys, weights.astype(keys.dtype)), halves
+        weights = self.contexts[: keys.shape[1]] / self.contexts[: keys.shape[1]].sum()
+        return np.einsum("npf,p->nf", keys, weights.astype(keys.dtype)), keys[:, 0], halves
 
-    def _record_last(self, clean: Group, old, l: int):
-        start = l - self.first + 1
-        self.last_states.append(
-            clean.gather(
-                _to_last(self.band, self.band_config, h, c, at, start)
-                for h, c, at in zip(old, clean.context, clean.lookup, strict=True)
-            )
+    def _mlp_outputs(self, clean: Group, half, l: int) -> np.ndarray:
+        index = l - self.first
+        return clean.gather(
+            _mlp_output(self.band, key, at, index) for (_, key), at in zip(half, clean.lookup, strict=True)
         )
 
-    def _anchors(self, l: int, on_progress):
-        """An anchor on the model as edited so far."""
-        model = self.base
-        if self.solutions:
-            model = with_matrices(self.base, {m: np.asarray(self._matrix(m)) for m in self.solutions})
-        with self.clock("targets"):
-            report = anchor_progress(on_progress, self.edits)
-            arguments = (model.params, self.config, self.edits, l, self.method.anchor, report)
-            return find_anchors_resumable(*arguments, checkpoint=self.anchor_cache)
+    def _record_last(self, clean: Group, after, half, l: int):
+        """What the last edited layer now makes of the edits, given hidden states after layer l."""
+        if l == self.last:
+            now = self._mlp_outputs(clean, half, l) if self.mlp else clean.at_lookup(after)
+        else:
+            start = l - self.first + 1
+            now = clean.gather(
+                _to_last(self.band, self.band_config, h, c, at, start, self.mlp)
+                for h, c, at in zip(after, clean.context, clean.lookup, strict=True)
+            )
+        self.last_states.append(now)
 
-    def _matrix(self, l: int):
-        return self.band["blocks"]["down"]["w"][l - self.first]
+    def _edited(self) -> Decoder:
+        """The model as edited so far."""
+        if not self.deltas:
+            return self.base
+        down = self.band["blocks"]["down"]["w"]
+        return with_matrices(self.base, {m: np.asarray(down[m - self.first]) for m in self.deltas})
 
     def _write(self, l: int, keys: np.ndarray, solution: Solution):
         """Put the layer's update into the band."""
-        past = self.past.get(l)
-        self.solutions[l] = solution
-        self.all_keys[l] = keys if past is None else np.concatenate([past, keys])
-        self.key_norms[l] = float(np.linalg.norm(keys, axis=1).mean())
-        self.deltas[l] = Delta.of(solution.left, solution.right, delta_dtype(self.base))
+        how, left, right = self.method.regulariser, solution.left, solution.right
+        self.solutions[l], self.keys[l] = solution, keys
+        if how is not None and how.when == "layer":
+            left, right = regularise(how, self.originals[l], left, right)
+        self._put(l, left, right)
+
+    def _put(self, l: int, left, right):
+        self.deltas[l] = Delta.of(left, right, delta_dtype(self.base))
         down = self.band["blocks"]["down"]
         new = add(self.originals[l].astype(down["w"].dtype), self.deltas[l])
         down = {**down, "w": down["w"].at[l - self.first].set(new)}
         self.band = {"blocks": {**self.band["blocks"], "down": down}}
 
+    def _trim(self, clean: Group, entered):
+        """Regularise the updates of all layers, where that is done at the end, and see what is left of their effect."""
+        how = self.method.regulariser
+        if how is None or how.when != "end":
+            return
+        for l, solution in self.solutions.items():
+            self._put(l, *regularise(how, self.originals[l], solution.left, solution.right))
+        self.last_states[-1] = clean.gather(
+            _to_last(self.band, self.band_config, h, c, at, 0, self.mlp)
+            for h, c, at in zip(entered, clean.context, clean.lookup, strict=True)
+        )
+
     def _advance(self, groups, halves, l: int):
-        """Hidden states after the edited layer."""
+        """Hidden states after the edited layer; returns those of the first group."""
         for group, half in zip(groups, halves, strict=False):
             if group is not None:
                 group.h = [_finish(self.band, self.band_config, s, k, l - self.first) for s, k in half]
+        return groups[0].h
 
     def _skip_to(self, clean: Group, others: Group | None, start: int, stop: int):
         """Run the layers between two edited ones that are not next to each other."""
@@ -231,6 +294,22 @@ class LayerLoop:
                     _between(self.band, self.band_config, h, c, *span)
                     for h, c in zip(group.h, group.context, strict=True)
                 ]
+
+
+def edit_keys(model: Decoder, method: Method, edits, contexts) -> dict[int, np.ndarray]:
+    """Keys ``{layer: [n, d_ff]}`` of the edits in a model as it is, averaged over contexts with their weights."""
+    loop = LayerLoop(model, method, edits, contexts, (), None, None)
+    clean = Group.enter(model.params, model.config, pack([e.contexts[:1] for e in edits], True), loop.first)
+    others = None
+    if contexts[1:].any():
+        others = Group.enter(model.params, model.config, pack([e.contexts[1:] for e in edits], True), loop.first)
+    found = {}
+    for i, l in enumerate(method.layers):
+        found[l], _, halves = loop._keys(clean, others, l)
+        if l != method.layers[-1]:
+            loop._advance([clean, others], halves, l)
+            loop._skip_to(clean, others, l + 1, method.layers[i + 1])
+    return found
 
 
 @partial(jax.jit, static_argnames=("config", "start", "stop"))

@@ -2,24 +2,82 @@
 
 | model | from |
 |---|---|
-| GPT-2-XL, GPT-J | MEMIT's hyper-parameter files; for the other methods the FE repository's |
-| Llama-3-8B | AlphaEdit's (MEMIT) and the FE repository's (the others) |
-| Mistral-7B, Qwen2.5-7B | EasyEdit's MEMIT files, for every method |
+| GPT-2-XL, GPT-J | files of MEMIT, ROME, EMMET, NSE, of BLUE for PMET, and of the FE repository for the others |
+| Llama-3-8B | AlphaEdit's (MEMIT), EasyEdit's (ROME, EMMET), NSE's, and the FE repository's (the others) |
+| Llama-2-7B, Mistral-7B, Qwen2.5-7B | EasyEdit's MEMIT and ROME files, for every method; EMMET's for Llama-2 |
 | SmolLM2-135M | chosen on a validation split of CounterFact by ``benchmarks/choose_presets.py`` |
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 
-from jaxedit.config import AnchorConfig, BackwardSpread, ForwardReplay, Method, PerLayer, Ridge
+from jaxedit.config import (
+    AnchorConfig,
+    BackwardSpread,
+    EqualityConstrained,
+    ForwardReplay,
+    Method,
+    NeuronSubset,
+    NullSpace,
+    PerLayer,
+    Regulariser,
+    RelativeSparsify,
+    Ridge,
+    Solver,
+    SpectralClamp,
+    SpectralSparsify,
+    Strategy,
+)
 from jaxedit.errors import JaxEditError
 from jaxedit.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a method is, apart from a model's settings. layers: "all" of the preset's, the "last" one, or both "ends";
+    anchor, fields: of `AnchorConfig` and `Method`."""
+
+    targets: Strategy
+    solver: Solver = Ridge()
+    regulariser: Regulariser | None = None
+    layers: str = "all"
+    anchor: dict = dataclasses.field(default_factory=dict)
+    fields: dict = dataclasses.field(default_factory=dict)
+
+
+_ROME = {"key_average": "flat", "at_once": 1, "protect": False}
+RECIPES: dict[str, Recipe] = {
+    "fe": Recipe(ForwardReplay()),
+    "memit": Recipe(BackwardSpread()),
+    "memit_no_divide": Recipe(BackwardSpread(divide=False)),
+    "one_layer": Recipe(BackwardSpread(), layers="last"),
+    "blue": Recipe(PerLayer(), layers="ends"),
+    "alphaedit": Recipe(BackwardSpread(), NullSpace()),
+    "rect": Recipe(BackwardSpread(), regulariser=RelativeSparsify()),
+    "prune": Recipe(BackwardSpread(), regulariser=SpectralClamp()),
+    "adaedit": Recipe(BackwardSpread(), regulariser=SpectralSparsify(), anchor={"site": "attention_and_mlp"}),
+    "pmet": Recipe(BackwardSpread(divide="sqrt"), anchor={"site": "attention_and_mlp"}),
+    "namet": Recipe(BackwardSpread(), anchor={"left_padded": True}),
+    "nse": Recipe(BackwardSpread(), NeuronSubset()),
+    "emmet": Recipe(BackwardSpread(), EqualityConstrained(slack=0.1), layers="last"),
+    "r_rome": Recipe(BackwardSpread(), EqualityConstrained(), layers="last", anchor={"site": "mlp_out"}, fields=_ROME),
+    "rome": Recipe(
+        BackwardSpread(),
+        EqualityConstrained(denominator="clean"),
+        layers="last",
+        anchor={"site": "mlp_out"},
+        fields=_ROME,
+    ),
+}
+METHODS = tuple(RECIPES)
+
+
+@dataclasses.dataclass(frozen=True)
 class Preset:
-    """Settings of one model. `published` are MEMIT's; `others` replaces fields for the methods it names."""
+    """Settings of one model. `layers`, `anchor` and `cov_weight` are MEMIT's; `others` replaces them for the methods
+    it names, whole or, for `anchor`, field by field, and adds fields of their solvers."""
 
     layers: tuple[int, ...]
     anchor: AnchorConfig
@@ -27,8 +85,7 @@ class Preset:
     others: dict[str, dict] = dataclasses.field(default_factory=dict)
 
 
-METHODS = ("fe", "memit", "memit_no_divide", "one_layer", "blue")
-_NOT_MEMIT = ("fe", "memit_no_divide", "one_layer", "blue")
+_FE_PAPER = ("fe", "memit_no_divide", "one_layer", "blue", "alphaedit", "rect", "prune", "adaedit", "pmet", "namet")
 
 
 def _for(names, **fields) -> dict[str, dict]:
@@ -37,20 +94,60 @@ def _for(names, **fields) -> dict[str, dict]:
 
 _WIDE_CLAMP = AnchorConfig(steps=25, lr=0.5, clamp=4.0, weight_decay=1e-3)
 _LLAMA3 = AnchorConfig(steps=25, lr=0.1)
+# ROME's own settings: the weight of the second moments does not matter without slack
+_ROME_ANCHOR = {"lr": 0.5, "clamp": 4.0}
+_PLAIN_ROME = {"cov_weight": 0.0, "l2": 1.0}  # without second moments, as EasyEdit's files have it
+
+
+def _rome(layer: int, steps: int, weight_decay: float, **solver) -> dict[str, dict]:
+    anchor = {**_ROME_ANCHOR, "steps": steps, "weight_decay": weight_decay}
+    return _for(("rome", "r_rome"), layers=(layer,), anchor=anchor, **solver)
+
 
 PRESETS: dict[str, Preset] = {
     "gpt2-xl": Preset(
         (13, 14, 15, 16, 17),
         AnchorConfig(steps=20, lr=0.5),
         20000.0,
-        _for(_NOT_MEMIT, anchor=AnchorConfig(steps=35, lr=0.5), cov_weight=15000.0),
+        _for(_FE_PAPER, anchor={"steps": 35}, cov_weight=15000.0)
+        | {
+            "pmet": {"anchor": {"clamp": 2.0}, "cov_weight": 10000.0},
+            "emmet": {"cov_weight": 1000.0},
+            "nse": {"cov_weight": 10000.0, "lower": 35.0, "upper": 150.0, "share": 1.0},
+        }
+        | _rome(17, 20, 0.5),
     ),
-    "gpt-j-6b": Preset((3, 4, 5, 6, 7, 8), AnchorConfig(steps=25, lr=0.5), 15000.0),
+    "gpt-j-6b": Preset(
+        (3, 4, 5, 6, 7, 8),
+        AnchorConfig(steps=25, lr=0.5),
+        15000.0,
+        {
+            "pmet": {"anchor": {"lr": 0.2, "steps": 30, "kl_weight": 1.0}, "cov_weight": 6000.0},
+            "emmet": {"layers": (5,), "cov_weight": 1.0},
+            "nse": {"lower": 15.0, "upper": 100.0, "share": 0.8},
+        }
+        | _rome(5, 20, 0.5),
+    ),
     "llama-3-8b": Preset(
-        (4, 5, 6, 7, 8), _LLAMA3, 15000.0, _for(_NOT_MEMIT, anchor=dataclasses.replace(_LLAMA3, steps=35))
+        (4, 5, 6, 7, 8),
+        _LLAMA3,
+        15000.0,
+        _for(_FE_PAPER, anchor={"steps": 35})
+        | {
+            "pmet": {},
+            "emmet": {"layers": (5,), "cov_weight": 100000.0},
+            "nse": {"lower": 2.5, "upper": 50.0, "share": 1.0},
+        }
+        | _rome(5, 25, 1e-3, **_PLAIN_ROME),
     ),
-    "mistral-7b": Preset((4, 5, 6, 7, 8), _WIDE_CLAMP, 15000.0),
-    "qwen2.5-7b": Preset((4, 5, 6, 7, 8), _WIDE_CLAMP, 15000.0),
+    "llama-2-7b": Preset(
+        (4, 5, 6, 7, 8),
+        _WIDE_CLAMP,
+        15000.0,
+        {"emmet": {"layers": (5,), "cov_weight": 1.0}} | _rome(5, 25, 1e-3, **_PLAIN_ROME),
+    ),
+    "mistral-7b": Preset((4, 5, 6, 7, 8), _WIDE_CLAMP, 15000.0, _rome(5, 25, 1e-3, **_PLAIN_ROME)),
+    "qwen2.5-7b": Preset((4, 5, 6, 7, 8), _WIDE_CLAMP, 15000.0, _rome(5, 25, 1e-3, **_PLAIN_ROME)),
     "smollm2-135m": Preset(
         (3, 4, 5, 6, 7),
         AnchorConfig(steps=25, lr=0.5),
@@ -64,6 +161,7 @@ _SHAPES = {
     ("gpt2", 48, 1600, 6400): "gpt2-xl",
     ("gptj", 28, 4096, 16384): "gpt-j-6b",
     ("llama", 32, 4096, 14336): "llama-3-8b",
+    ("llama", 32, 4096, 11008): "llama-2-7b",
     ("mistral", 32, 4096, 14336): "mistral-7b",
     ("qwen2", 28, 3584, 18944): "qwen2.5-7b",
     ("llama", 30, 576, 1536): "smollm2-135m",
@@ -78,10 +176,15 @@ def preset_name(config: ModelConfig) -> str | None:
 def method_for(name: str, config: ModelConfig, layers: tuple[int, ...] | None = None) -> Method:
     """The method `name` with the preset of a model, or with MEMIT's general settings at `layers`.
 
+    name: one of METHODS, or one of them with "+fe", as in "alphaedit+fe": with targets made by ForwardReplay.
+
     Raises JaxEditError on an unknown method, a model without a preset and no `layers`, and layers out of range.
     """
-    if name not in METHODS:
-        raise JaxEditError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    known, plus, replay = name.partition("+")
+    if known not in RECIPES or (plus and replay != "fe"):
+        near = difflib.get_close_matches(known, METHODS, 1)
+        meant = f"; did you mean {near[0]!r}?" if near and near[0] != known else ""
+        raise JaxEditError(f"unknown method {name!r}{meant}\nknown, also followed by '+fe': {', '.join(METHODS)}")
     found = preset_name(config)
     if found is None and layers is None:
         first = max(1, config.n_layer // 8)
@@ -91,25 +194,26 @@ def method_for(name: str, config: ModelConfig, layers: tuple[int, ...] | None = 
             f"{config.d_model}); pass layers=, for example layers={example}"
         )
     preset = PRESETS[found] if found else Preset((), AnchorConfig(), 15000.0)
-    own = preset.others.get(name, {})
+    recipe, own = RECIPES[known], preset.others.get(known, {})
+    if replay:
+        if isinstance(recipe.targets, PerLayer) or recipe.layers == "last":
+            raise JaxEditError(f"{known!r} has no layers to replay forward to; '+fe' does not go with it")
+        own = {**own, **preset.others.get("fe", {}), **preset.others.get(name, {})}
     chosen = tuple(layers if layers is not None else own.get("layers", preset.layers))
-    if name == "one_layer":
+    if recipe.layers == "last":
         chosen = chosen[-1:]
-    elif name == "blue":
+    elif recipe.layers == "ends":
         chosen = tuple(sorted({chosen[0], chosen[-1]})) if chosen else ()
-    strategies = {
-        "fe": ForwardReplay(),
-        "memit": BackwardSpread(),
-        "memit_no_divide": BackwardSpread(divide=False),
-        "one_layer": BackwardSpread(),
-        "blue": PerLayer(),
-    }
+    settings = {"cov_weight": preset.cov_weight} | own
+    fields = {f.name for f in dataclasses.fields(recipe.solver)}
     return Method(
         name=name,
-        targets=strategies[name],
+        targets=ForwardReplay() if replay else recipe.targets,
         layers=chosen,
-        solver=Ridge(cov_weight=own.get("cov_weight", preset.cov_weight)),
-        anchor=own.get("anchor", preset.anchor),
+        solver=dataclasses.replace(recipe.solver, **{k: v for k, v in settings.items() if k in fields}),
+        regulariser=recipe.regulariser,
+        anchor=dataclasses.replace(preset.anchor, **{**recipe.anchor, **own.get("anchor", {})}),
+        **recipe.fields,
     )
 
 

@@ -1,6 +1,8 @@
 """The command line: the only place of jaxedit that prints. Entry point: `main`."""
 
-import jaxedit.cli.commands  # noqa: F401  (adds the subcommands)
+import jaxedit.cli.commands
+import jaxedit.cli.metrics
+import jaxedit.cli.shipping  # noqa: F401  (importing them adds the subcommands)
 from jaxedit.cli.app import app, main
 
 __all__ = ["app", "main"]

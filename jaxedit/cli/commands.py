@@ -47,6 +47,7 @@ from jaxedit.cli.options import (
     Skip,
     argument,
 )
+from jaxedit.presets import METHODS
 
 if TYPE_CHECKING:
     from jaxedit import EditResult, Report
@@ -76,10 +77,16 @@ def demo(
 def edit(
     model: Model,
     requests: Requests,
-    method: Annotated[str, typer.Option(help="fe, memit, memit_no_divide, one_layer or blue.")] = "fe",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; or one with +fe.")] = "fe",
     layers: Layers = None,
     cov_weight: Annotated[
         float | None, typer.Option(min=0, help="Weight of what is to be left alone; by default the model's preset.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FACTS", help="Facts to be left as the model has them, solved for together.")
+    ] = None,
+    forget: Annotated[
+        Path | None, typer.Option(metavar="FACTS", help="Facts whose targets the model is to stop saying.")
     ] = None,
     stats: Annotated[
         Path | None, typer.Option(help="From `jaxedit stats`; by default made of the packaged corpus.")
@@ -105,7 +112,8 @@ def edit(
     \b
     Examples:
       jaxedit edit smollm2-135m facts.jsonl --out edited --patch facts.jaxedit
-      jaxedit edit ./my-model facts.json --method memit --layers 3-7 --json
+      jaxedit edit ./my-model facts.json --method alphaedit+fe --layers 3-7 --json
+      jaxedit edit ./my-model facts.json --keep keep.json --forget forget.json --out edited
       jaxedit edit ./my-model facts.json --mesh data=4,model=2 --coordinator host0:1234 --processes 2 --process-id 0
 
     \b
@@ -116,6 +124,7 @@ def edit(
     chosen = parse_layers(layers)
     devices = Devices.of(mesh, coordinator, processes, process_id)
     facts = read_facts(requests, limit, skip_malformed)
+    kept, forgotten = (read_facts(f, None, skip_malformed) if f else [] for f in (keep, forget))
     moments = load_moments(stats)
     placed = devices.join(checked_dtype(dtype))
     with Work(devices.process_id == 0) as work:
@@ -125,11 +134,16 @@ def edit(
         from jaxedit.distributed import is_first, meet
 
         recipe = je.method_for(method, decoder.config, chosen)
+        groups = [je.EditGroup(requests=facts)]
+        groups += [je.EditGroup(requests=kept, goal="keep")] if kept else []
+        groups += [je.EditGroup(requests=forgotten, goal="forget")] if forgotten else []
         if cov_weight is not None:
+            if isinstance(recipe.solver, je.NullSpace):
+                raise je.JaxEditError(f"{method} has no weight of second moments: --cov-weight does not go with it")
             recipe = dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, cov_weight=cov_weight))
         with work.stage(f"edit with {method}"):
-            result = je.apply_edits(
-                *(decoder, tokenizer, facts, recipe),
+            result = je.apply_groups(
+                *(decoder, tokenizer, groups, recipe),
                 stats=moments,
                 seed=seed,
                 anchor_cache=cache_dir() / "anchors" if checkpoint else None,

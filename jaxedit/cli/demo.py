@@ -63,7 +63,7 @@ def _edit(work: Work, model_name: str, methods: list[str], save_to: Path, seed: 
             model, tokenizer, None, layers, max_tokens=MAX_TOKENS, on_progress=work.counter("statistics")
         )
     with work.stage("factor"):
-        factors = {solver: je.factorise(solver, stats, layers) for solver in {m.solver for m in resolved.values()}}
+        factors = {solver: je.prepare(solver, stats, layers) for solver in {m.solver for m in resolved.values()}}
     with work.stage("templates"):
         templates = sample_templates(model, tokenizer, seed)
     with work.stage("complete"):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxedit.data.requests import _load, _read_record, _text, _texts
+from jaxedit.data.requests import load_records, read_record, text_field, text_fields
 from jaxedit.errors import RequestError
 from jaxedit.types import EditRequest
 
@@ -28,10 +28,10 @@ def read_counterfact(source: Any) -> list[CounterFactRecord]:
     source: the path of a .json or .jsonl file, or a list of records.
     Raises RequestError with the problems of all records, among them those without generation_prompts.
     """
-    name, entries = _load(source)
+    name, entries = load_records(source)
     records, problems = [], []
     for where, entry in entries:
-        request, found = _read_record(entry)
+        request, found = read_record(entry)
         if request is not None:
             try:
                 records.append(_record(request, entry))
@@ -47,10 +47,12 @@ def read_counterfact(source: Any) -> list[CounterFactRecord]:
 
 def _record(request: EditRequest, entry: Mapping) -> CounterFactRecord:
     rewrite = entry.get("requested_rewrite", entry)
-    prompts = _texts(entry.get("generation_prompts"))
+    prompts = text_fields(entry.get("generation_prompts"))
     if not prompts:
         raise ValueError("there are no generation prompts")
-    return CounterFactRecord(request, prompts, _text(rewrite.get("relation_id")), str(rewrite["target_new"].get("id")))
+    return CounterFactRecord(
+        request, prompts, text_field(rewrite.get("relation_id")), str(rewrite["target_new"].get("id"))
+    )
 
 
 def read_references(source: Any) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -59,13 +61,13 @@ def read_references(source: Any) -> dict[tuple[str, str], tuple[str, ...]]:
 
     Raises RequestError naming every entry that has another form.
     """
-    name, entries = _load(source)
+    name, entries = load_records(source)
     found: dict[tuple[str, str], tuple[str, ...]] = {}
     problems = []
     for where, entry in entries:
         try:
             key = entry["relation_id"], entry["target_id"]
-            found[key] = found.get(key, ()) + tuple(_text(sample["text"]) for sample in entry["samples"])
+            found[key] = found.get(key, ()) + tuple(text_field(sample["text"]) for sample in entry["samples"])
         except (KeyError, TypeError, ValueError) as error:
             problems.append(f"{name}: {where}: expected {{relation_id, target_id, samples: [{{text}}]}} ({error})")
     if problems:

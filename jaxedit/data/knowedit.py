@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxedit.data.requests import _kind, _load, _read_record
+from jaxedit.data.requests import kind_of, load_records, read_record
 from jaxedit.errors import RequestError
 from jaxedit.types import EditRequest
 
@@ -40,7 +40,7 @@ def read_knowedit(source: Any) -> list[KnowEditRecord]:
 
     Raises RequestError with the problems of all records.
     """
-    name, entries = _load(source)
+    name, entries = load_records(source)
     records, problems = [], []
     for where, entry in entries:
         try:
@@ -69,7 +69,7 @@ def _record(entry: Any) -> KnowEditRecord:
 
 
 def _checked(entry: Any, locality, portability) -> KnowEditRecord:
-    request, problems = _read_record(entry)
+    request, problems = read_record(entry)
     if request is None:
         raise RequestError(problems)
     return KnowEditRecord(request, locality, portability)
@@ -95,6 +95,6 @@ def _answers(value: Any) -> Iterator[str]:
         for item in value:
             yield from _answers(item)
     elif value is not None and not isinstance(value, str):
-        raise ValueError(f"ground_truth is {_kind(value)}, expected text")
+        raise ValueError(f"ground_truth is {kind_of(value)}, expected text")
     elif value is not None and value.strip():
         yield value

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxedit.data.requests import _load, _read_record, _text, _texts
+from jaxedit.data.requests import load_records, read_record, text_field, text_fields
 from jaxedit.errors import RequestError
 from jaxedit.types import EditRequest
 
@@ -47,7 +47,7 @@ def read_mquake(source: Any) -> list[MQuakeRecord]:
 
     Raises RequestError with the problems of all records.
     """
-    name, entries = _load(source)
+    name, entries = load_records(source)
     records, problems = [], []
     for where, entry in entries:
         try:
@@ -69,12 +69,12 @@ def _record(entry: Any) -> MQuakeRecord:
     for i, rewrite in enumerate(entry["requested_rewrite"]):
         if isinstance(rewrite, Mapping):
             rewrite = {key: value for key, value in rewrite.items() if key != "question"}
-        request, found = _read_record({"requested_rewrite": rewrite})
+        request, found = read_record({"requested_rewrite": rewrite})
         problems += [f"requested_rewrite {i}: {problem}" for problem in found]
         requests += [] if request is None else [request]
     if problems:
         raise RequestError(problems)
-    questions = _field(entry, "questions", _texts)
+    questions = _field(entry, "questions", text_fields)
     if not requests or not questions:
         raise ValueError("a record needs at least one edit under 'requested_rewrite' and one of 'questions'")
     return MQuakeRecord(
@@ -93,15 +93,16 @@ def _hops(entry: Mapping, key: str) -> tuple[Hop, ...]:
     if not isinstance(hops, (list, tuple)) or not all(isinstance(hop, Mapping) for hop in hops):
         raise ValueError(f"{key}: expected a list of {{question, cloze, answer, answer_alias}}")
     return tuple(
-        Hop(_field(hop, "question", _text), _field(hop, "cloze", _text), _answers(hop, "answer")) for hop in hops
+        Hop(_field(hop, "question", text_field), _field(hop, "cloze", text_field), _answers(hop, "answer"))
+        for hop in hops
     )
 
 
 def _answers(entry: Mapping, key: str) -> tuple[str, ...]:
     found = [
-        _field(entry, key, _text),
-        *_field(entry, f"{key}_alias", _texts),
-        *_field(entry, f"{key}_extended", _texts),
+        _field(entry, key, text_field),
+        *_field(entry, f"{key}_alias", text_fields),
+        *_field(entry, f"{key}_extended", text_fields),
     ]
     return tuple(dict.fromkeys(text.strip() for text in found))
 

@@ -69,14 +69,14 @@ def read_requests(source: Any, *, skip_malformed: bool = False) -> list[EditRequ
     `skip_malformed`, malformed records are dropped and a warning sums them up; it is still an error if none
     is left.
     """
-    name, entries = _load(source)
+    name, entries = load_records(source)
     if not entries:
         raise RequestError([f"{name}: holds no records; give at least one edit request"])
     requests: list[EditRequest] = []
     problems: list[str] = []
     for where, record in entries:
         if not isinstance(record, EditRequest):
-            record, found = _read_record(record)
+            record, found = read_record(record)
             problems += [f"{name}: {where}: {problem}" for problem in found]
         if record is not None:
             requests.append(record)
@@ -96,13 +96,13 @@ class _Unreadable(str):
     """Stands for a record that could not even be parsed; the text says why."""
 
 
-def _load(source: Any) -> tuple[str, list[tuple[str, Any]]]:
+def load_records(source: Any) -> tuple[str, list[tuple[str, Any]]]:
     if isinstance(source, (EditRequest, Mapping)):
         return "records", _number([source] if isinstance(source, EditRequest) else _unwrap(source))
     if not isinstance(source, (str, os.PathLike)):
         if isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray)):
             return "records", _number(source)
-        raise RequestError([f"records: is {_kind(source)}, expected a path or a list of records"])
+        raise RequestError([f"records: is {kind_of(source)}, expected a path or a list of records"])
     name, suffix = os.fspath(source), Path(source).suffix.lower()
     try:
         text = Path(source).read_bytes().decode("utf-8-sig")
@@ -142,7 +142,7 @@ def _load_json(name: str, text: str, suffix: str) -> list[tuple[str, Any]]:
         problem = f"not valid JSON at {place}; the file may be cut short, fetch or write it again"
         raise RequestError([f"{name}: {problem}"]) from None
     if not isinstance(value, (list, dict)):
-        raise RequestError([f"{name}: holds {_kind(value)}, expected a list of records"])
+        raise RequestError([f"{name}: holds {kind_of(value)}, expected a list of records"])
     return _number(_unwrap(value) if isinstance(value, dict) else value)
 
 
@@ -203,12 +203,12 @@ def _detect(record: Mapping) -> str | None:
     return "plain" if sum(found) >= 2 else None
 
 
-def _read_record(record: Any) -> tuple[EditRequest | None, list[str]]:
+def read_record(record: Any) -> tuple[EditRequest | None, list[str]]:
     """The request, or None and the problems of the record."""
     if isinstance(record, _Unreadable):
         return None, [f"record: {record}"]
     if not isinstance(record, Mapping):
-        return None, [f"record: is {_kind(record)}, expected an object with named fields"]
+        return None, [f"record: is {kind_of(record)}, expected an object with named fields"]
     kind = _detect(record)
     if kind is None:
         known = "plain (prompt, subject, target), CounterFact, multi-CounterFact, MEND, KnowEdit, EasyEdit"
@@ -228,7 +228,7 @@ def _read_record(record: Any) -> tuple[EditRequest | None, list[str]]:
         if len(given) > 1:
             problems.append(f"{given[1]}: stands for the same as {given[0]!r}; give one of them")
         try:
-            fields[field] = _READERS.get(field, _text)(record.get(given[0]))
+            fields[field] = _READERS.get(field, text_field)(record.get(given[0]))
         except ValueError as error:
             problems.append(f"{given[0]}: {error}")
     if kind != "plain":
@@ -246,7 +246,7 @@ def _flatten(record: Mapping) -> dict[str, Any]:
     if "requested_rewrite" in flat:
         rewrite = flat.pop("requested_rewrite")
         if not isinstance(rewrite, Mapping):
-            raise ValueError(f"requested_rewrite: is {_kind(rewrite)}, expected an object with one edit")
+            raise ValueError(f"requested_rewrite: is {kind_of(rewrite)}, expected an object with one edit")
         flat |= rewrite
     for key in ("target_new", "target_true"):
         if isinstance(flat.get(key), Mapping):  # {"str": text, "id": Wikidata id}
@@ -294,23 +294,23 @@ def _check(fields: dict[str, Any], kind: str) -> list[str]:
 # Fields: each reader returns the value, or raises ValueError saying what is wrong with it.
 
 
-def _text(value: Any) -> str:
+def text_field(value: Any) -> str:
     if value is None:
         raise ValueError("missing; every record needs it")
     if not isinstance(value, str):
-        raise ValueError(f"is {_kind(value)}, expected text")
+        raise ValueError(f"is {kind_of(value)}, expected text")
     if not value.strip():
         raise ValueError("empty; write it out")
     return value
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def text_fields(value: Any) -> tuple[str, ...]:
     if value is None or value == "":
         return ()
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"is {_kind(value)}, expected a list of texts")
-    bad = [f"item {i} is {_kind(v)}" for i, v in enumerate(value) if not (isinstance(v, str) and v.strip())]
+        raise ValueError(f"is {kind_of(value)}, expected a list of texts")
+    bad = [f"item {i} is {kind_of(v)}" for i, v in enumerate(value) if not (isinstance(v, str) and v.strip())]
     if bad:
         raise ValueError(f"{', '.join(bad)}; expected texts that are not empty")
     return tuple(value)
@@ -320,32 +320,32 @@ def _answer(value: Any) -> str | None:
     """One answer, the first of a list (or of lists of aliases); None where there is none."""
     while isinstance(value, (list, tuple)):
         value = value[0] if value else None
-    return None if value is None or value == "" else _text(value)
+    return None if value is None or value == "" else text_field(value)
 
 
 def _id(value: Any) -> str | int | None:
     if isinstance(value, bool) or not isinstance(value, (str, int, type(None))):
-        raise ValueError(f"is {_kind(value)}, expected text or a whole number")
+        raise ValueError(f"is {kind_of(value)}, expected text or a whole number")
     return value
 
 
 def _start(value: Any) -> int | None:
     if value is not None and (type(value) is not int or value < 0):
-        raise ValueError(f"is {_kind(value)}, expected how many characters stand before the subject")
+        raise ValueError(f"is {kind_of(value)}, expected how many characters stand before the subject")
     return value
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "target_true": _answer,
-    "paraphrases": _texts,
-    "neighbourhood": _texts,
-    "neighbourhood_answers": _texts,
+    "paraphrases": text_fields,
+    "neighbourhood": text_fields,
+    "neighbourhood_answers": text_fields,
     "subject_start": _start,
     "id": _id,
 }
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     return f"{type(value).__name__} {value!r:.60}"
 
 

@@ -29,11 +29,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class EditTokens:
-    """One request, tokenised: `contexts` hold prompt + target[:-1] in each template, `essence` is "{} is a"."""
+    """One request, tokenised: `contexts` hold prompt + target[:-1] in each template, `essence` is "{} is a".
+
+    goal: "say" the target, "forget" it, or "keep" what the model does with the prompt as it is.
+    """
 
     contexts: tuple[Row, ...]
     essence: Row
     target: tuple[int, ...]
+    goal: str = "say"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,21 @@ def encode(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]] | Non
         return list(tokenizer(text)["input_ids"]), None
     out = tokenizer(text, return_offsets_mapping=True, return_token_type_ids=False)
     return list(out["input_ids"]), [tuple(o) for o in out["offset_mapping"]]
+
+
+class Memo:
+    """A tokenizer that has tokenised everything in one call: with short texts the calls are what costs."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer, texts: Sequence[str]):
+        self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+        texts = list(dict.fromkeys(texts))
+        self.known = dict(zip(texts, tokenizer(texts)["input_ids"], strict=True))
+
+    def __call__(self, text: str, **options):
+        known = None if options else self.known.get(text)
+        return self.tokenizer(text, **options) if known is None else {"input_ids": known}
 
 
 def token_at(tokenizer, text: str, ids: Sequence[int], offsets, char: int) -> int:
@@ -127,16 +146,27 @@ def check_templates(templates) -> tuple[tuple[str, ...], ...]:
     return tuple(groups)
 
 
-def template_weights(templates: Sequence[Sequence[str]]) -> np.ndarray:
-    """Weight of each context in a key ``[p]``: the mean over groups of the mean within a group (MEMIT)."""
-    return np.concatenate([np.full(len(g), 1 / (len(g) * len(templates))) for g in templates])
+def template_weights(templates: Sequence[Sequence[str]], average: str = "by_group") -> np.ndarray:
+    """Weight of each context in a key ``[p]`` (see `Method.key_average`)."""
+    contexts = sum(map(len, templates))
+    match average:
+        case "flat":
+            return np.full(contexts, 1 / contexts)
+        case "clean":
+            return np.eye(contexts)[0]
+        case _:
+            return np.concatenate([np.full(len(g), 1 / (len(g) * len(templates))) for g in templates])
 
 
-def pack(edits: Iterable[Sequence[Row]], until_lookup: bool = False, multiple: int = 8) -> Packed:
-    """Pack each edit's rows into one sequence; `until_lookup` drops what comes after the decisive token."""
+def pack(edits: Iterable[Sequence[Row]], until_lookup: bool = False) -> Packed:
+    """Pack each edit's rows into one sequence; `until_lookup` drops what comes after the decisive token.
+
+    Lengths are rounded up, by a quarter at most, so that few programs serve many batches.
+    """
     edits = [list(rows) for rows in edits]
     cut = [[r.tokens[: r.lookup + 1] if until_lookup else r.tokens for r in rows] for rows in edits]
-    length = round_up(max(sum(map(len, rows)) for rows in cut), multiple)
+    longest = max(sum(map(len, rows)) for rows in cut)
+    length = round_up(longest, max(8, 2 ** (longest.bit_length() - 1) // 4))
     shape = (len(edits), length)
     tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
     lookup = np.zeros((len(edits), len(edits[0])), np.int32)

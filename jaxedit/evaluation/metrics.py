@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxedit.data.tokens import target_ids
+from jaxedit.data.tokens import Memo, target_ids
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad
 from jaxedit.evaluation.generation import continue_rows
@@ -119,26 +119,11 @@ def _prompts(index: int, request: EditRequest, most: int | None) -> list[_Wanted
     return made + [_Wanted(index, "neighbourhood", p, request.target, answer) for p, answer in near]
 
 
-class _Memo:
-    """A tokenizer that has tokenised everything in one call: with short texts the calls are what costs."""
-
-    is_fast = False
-
-    def __init__(self, tokenizer, texts: Sequence[str]):
-        self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
-        texts = list(dict.fromkeys(texts))
-        self.known = dict(zip(texts, tokenizer(texts)["input_ids"], strict=True))
-
-    def __call__(self, text: str, **options):
-        known = None if options else self.known.get(text)
-        return self.tokenizer(text, **options) if known is None else {"input_ids": known}
-
-
 def _tokenise(tokenizer, requests, wanted: Sequence[_Wanted], max_positions: int) -> list[_Item]:
     """The tokens of every prompt and target, or RequestError naming all that cannot be run."""
     pairs = [(w.prompt, t) for w in wanted for t in (w.new, w.true) if t is not None]
     joined = [p + (t if t[:1].isspace() else " " + t) for p, t in pairs]
-    memo = _Memo(tokenizer, [p for p, _ in pairs] + joined)
+    memo = Memo(tokenizer, [p for p, _ in pairs] + joined)
     problems: list[str] = []
     items = []
     for w in wanted:

@@ -16,10 +16,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxedit.data.tokens import target_ids
+from jaxedit.data.tokens import Memo, target_ids
 from jaxedit.errors import RequestError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, chunk, pad
-from jaxedit.evaluation.metrics import _Memo
 from jaxedit.evaluation.specificity import check_models
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import Context, Decoder, Params, embed, run, unembed
@@ -128,7 +127,7 @@ def _likeliest(params: Params, config: ModelConfig, tokens, mask, at, mesh: Mesh
 def _tokenise(tokenizer, pairs: Sequence[tuple[str, str]], most: int) -> list[tuple[Ids, Ids]]:
     """The tokens of every prompt and of the answer that continues it, or RequestError naming all that do not fit."""
     joined = [p + (a if a[:1].isspace() else " " + a) for p, a in pairs]
-    memo = _Memo(tokenizer, [p for p, _ in pairs] + joined)
+    memo = Memo(tokenizer, [p for p, _ in pairs] + joined)
     problems, tokens = [], []
     for prompt, answer in pairs:
         row = tuple(memo.known[prompt]), tuple(target_ids(memo, prompt, answer))

@@ -20,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.cache import swap_directory
 from jaxedit.errors import JaxEditError, PatchError
 from jaxedit.export.patch import Delta, EditPatch, add, with_matrices
 from jaxedit.models.conversion import permutation
@@ -250,20 +251,10 @@ def _write(info: LoraInfo, tensors: Mapping[str, np.ndarray], patch: EditPatch, 
         (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (fresh / "README.md").write_text(_card(info, patch, base_name), encoding="utf-8")
         fresh.chmod(0o755)
-        _swap(fresh, info.path)
+        swap_directory(fresh, info.path)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-
-
-def _swap(fresh: Path, to: Path):
-    if not to.exists():
-        fresh.rename(to)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{to.name}-old-", dir=to.parent))
-    to.rename(old / to.name)
-    fresh.rename(to)
-    shutil.rmtree(old)
 
 
 def _card(info: LoraInfo, patch: EditPatch, base_name: str | None) -> str:

@@ -50,6 +50,21 @@ class Delta:
         with jax.enable_x64(True):
             return np.asarray(jnp.asarray(self.left, jnp.float64) @ jnp.asarray(self.right, jnp.float64))
 
+    def norm(self) -> float:
+        """Frobenius norm, in float64, from the small Gram matrices of the factors."""
+        left = np.asarray(self.left, np.float64)
+        if self.right is None:
+            return float(np.linalg.norm(left))
+        right = np.asarray(self.right, np.float64)
+        return float(np.sqrt(max(0.0, np.sum((left.T @ left) * (right @ right.T)))))
+
+
+def join_deltas(a: Delta, b: Delta) -> Delta:
+    """The sum of two updates of one matrix."""
+    if a.right is None or b.right is None:
+        return Delta((a.dense() + b.dense()).astype(a.left.dtype))
+    return Delta.of(np.concatenate([a.left, b.left], 1), np.concatenate([a.right, b.right]), a.left.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Undo:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxedit.cache import swap_directory
 from jaxedit.compilation import keep_programs
 from jaxedit.errors import CheckpointError, JaxEditError
 from jaxedit.models.checkpoint import REFUSE_PICKLE, Checkpoint, SafetensorsCheckpoint
@@ -193,21 +194,11 @@ def save(model: Decoder, tokenizer, to, base=None) -> Path:
         if tokenizer is not None and not (fresh / "tokenizer.json").exists():
             tokenizer.save_pretrained(str(fresh))
         fresh.chmod(0o755)
-        _swap(fresh, to)
+        swap_directory(fresh, to)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     return to
-
-
-def _swap(fresh: Path, to: Path):
-    if not to.exists():
-        fresh.rename(to)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{to.name}-old-", dir=to.parent))
-    to.rename(old / to.name)
-    fresh.rename(to)
-    shutil.rmtree(old)
 
 
 def _write_tensors(model: Decoder, source: Checkpoint | None, to: Path):

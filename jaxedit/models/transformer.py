@@ -107,12 +107,14 @@ class Past:
 
 
 class Inside(NamedTuple):
-    """What `probe` may look at in one layer: block output, MLP key, and attention keys and values."""
+    """What `probe` may look at in one layer: block output, MLP key, attention keys and values, and what attention
+    adds to the stream (before a norm of its own)."""
 
     h: jax.Array
     key: jax.Array
     k: jax.Array
     v: jax.Array
+    attended: jax.Array
 
 
 def embed(params: Params, config: ModelConfig, tokens, context: Context):
@@ -136,15 +138,17 @@ def to_key(p: Params, config: ModelConfig, h, context: Context, window=None, pas
     h ``[b, s, d_model]``; past: None or (k, v, Context) of this layer. Returns ``(stream, key, k, v)``: what the
     MLP's output will be added to, the key ``[b, s, d_ff]``, and this layer's attention keys and values.
     """
+    attended, k, v = attention(p, config, h, context, window, past)
+    return *after_attention(p, config, h, attended), k, v
+
+
+def attention(p: Params, config: ModelConfig, h, context: Context, window=None, past=None):
+    """What attention adds to the stream ``[b, s, d_model]``, before a norm of its own, and its keys and values."""
     b, s, _ = h.shape
     x = norm(h, p["attn_norm"], config)
-
-    def product(x, name: str):
-        return checkpoint_name(linear(x, p[name]), name)
-
-    q = product(x, "q").reshape(b, s, config.n_head, config.head_dim)
-    k = product(x, "k").reshape(b, s, config.n_kv_head, config.head_dim)
-    v = product(x, "v").reshape(b, s, config.n_kv_head, config.head_dim)
+    q = _product(p, x, "q").reshape(b, s, config.n_head, config.head_dim)
+    k = _product(p, x, "k").reshape(b, s, config.n_kv_head, config.head_dim)
+    v = _product(p, x, "v").reshape(b, s, config.n_kv_head, config.head_dim)
     if config.qk_norm:
         q, k = norm(q, p["q_norm"], config), norm(k, p["k_norm"], config)
     if config.rope is not None:
@@ -157,26 +161,41 @@ def to_key(p: Params, config: ModelConfig, h, context: Context, window=None, pas
         past_k, past_v, there = past
         past = (past_k, past_v, visible(at, seg, there.positions, there.segments, window))
     seen = attend(q, k, v, visible(at, seg, at, seg, window), config, past)
-    attended = product(seen if ragged is None else ragged.together(seen), "o")
+    return _product(p, seen if ragged is None else ragged.together(seen), "o"), k, v
+
+
+def after_attention(p: Params, config: ModelConfig, h, attended):
+    """``(stream, key)`` of a block that ``h`` enters, given what its attention adds; of any shape ``[…, d_model]``."""
     if config.post_norms:
         attended = norm(attended, p["attn_post_norm"], config)
     stream = h + attended
-    if config.parallel == "none":
-        x = norm(stream, p["mlp_norm"], config)
-    elif config.parallel == "separate":
-        x = norm(h, p["mlp_norm"], config)
-    key = activation(product(x, "gate" if config.gated else "up"), config.act)
+    before = stream if config.parallel == "none" else h
+    x = norm(before, p["attn_norm" if config.parallel == "shared" else "mlp_norm"], config)
+    key = activation(_product(p, x, "gate" if config.gated else "up"), config.act)
     if config.gated:
-        key = key * product(x, "up")
-    return stream, key, k, v
+        key = key * _product(p, x, "up")
+    return stream, key
 
 
-def from_key(p: Params, config: ModelConfig, stream, key):
-    """The second half of a block: ``stream + MLP output``."""
-    out = linear(key, p["down"])
+def mlp_output(p: Params, key):
+    """What the MLP's second projection makes of keys ``[…, d_ff]``, before a norm of its own: ``[…, d_model]``."""
+    return linear(key, p["down"])
+
+
+def after_mlp(p: Params, config: ModelConfig, stream, out):
+    """The block's output: ``stream + MLP output``."""
     if config.post_norms:
         out = norm(out, p["mlp_post_norm"], config)
     return stream + out
+
+
+def from_key(p: Params, config: ModelConfig, stream, key):
+    """The second half of a block."""
+    return after_mlp(p, config, stream, mlp_output(p, key))
+
+
+def _product(p: Params, x, name: str):
+    return checkpoint_name(linear(x, p[name]), name)
 
 
 def window_of(config: ModelConfig, index):
@@ -214,9 +233,10 @@ def run(
         if past is not None:
             pick = partial(lax.dynamic_index_in_dim, index=index - start, keepdims=False)
             here = (pick(past.k), pick(past.v), past.context)
-        stream, key, k, v = to_key(p, config, h, context, window_of(config, index), here)
+        attended, k, v = attention(p, config, h, context, window_of(config, index), here)
+        stream, key = after_attention(p, config, h, attended)
         h = from_key(p, config, stream, key)
-        return h, None if probe is None else probe(Inside(h, key, k, v))
+        return h, None if probe is None else probe(Inside(h, key, k, v, attended))
 
     if keep is not None:
         block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*keep))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxedit.cache import cache_dir, write_atomically
-from jaxedit.config import Ridge
+from jaxedit.config import EqualityConstrained, Ridge
 from jaxedit.solvers.triangle import BLOCK, Triangle, panel_shapes
 
 FORMAT = "jaxedit-factor-1"
@@ -25,7 +25,7 @@ def pays_to_keep(d_ff: int, device) -> bool:
     return device.platform == "cpu" and d_ff >= _WORTH_READING
 
 
-def factor_file(matrix: np.ndarray, solver: Ridge, precision: str) -> Path:
+def factor_file(matrix: np.ndarray, solver: Ridge | EqualityConstrained, precision: str) -> Path:
     """Where the factor of ``λC + l2·I`` is kept: named after a hash of all that it depends on."""
     about = (FORMAT, matrix.shape, str(matrix.dtype), solver.cov_weight, solver.l2, precision, BLOCK)
     digest = hashlib.blake2b(repr(about).encode(), digest_size=16)

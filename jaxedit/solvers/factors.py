@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxedit.config import Ridge
+from jaxedit.config import EqualityConstrained, Ridge
 from jaxedit.errors import JaxEditError, StatisticsError
 from jaxedit.memory import USABLE, free_bytes
 from jaxedit.solvers.factor_files import factor_file, keep_factor, pays_to_keep, read_factor
@@ -43,7 +43,7 @@ class Factor:
     """Factors of some layers, made by `factorise` for `solver`; each is solved with on the device where it lies."""
 
     parts: Mapping[int, LayerFactor]
-    solver: Ridge
+    solver: Ridge | EqualityConstrained
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ class Factor:
 
 
 def factorise(
-    solver: Ridge,
+    solver: Ridge | EqualityConstrained,
     second_moments,
     layers: tuple[int, ...],
     *,
@@ -133,14 +133,14 @@ def _refuse_indefinite(found, second_moments, d_ff: int, precision: str) -> None
     )
 
 
-def _matrix(c: np.ndarray, solver: Ridge) -> np.ndarray:
+def _matrix(c: np.ndarray, solver: Ridge | EqualityConstrained) -> np.ndarray:
     a = np.add(c, c.T, dtype=np.float64)
     a *= solver.cov_weight / 2
     a.flat[:: len(a) + 1] += solver.l2
     return a
 
 
-def _factor_group(matrices: list, solver: Ridge, devices: list, precision: str) -> list:
+def _factor_group(matrices: list, solver: Ridge | EqualityConstrained, devices: list, precision: str) -> list:
     """``(triangle, condition)`` of each matrix. Every device factors as many whole matrices as any other; what is
     missing for that is filled up with the identity."""
     each = math.ceil(len(matrices) / len(devices))

@@ -50,13 +50,13 @@ def solve(factor: Factor, layer: int, keys, residuals) -> Solution:
     to be refined.
     """
     part = factor[layer]
-    k, r = _rows(part, layer, keys), np.asarray(residuals, np.float64)
-    mix = _mix(r.shape[1])
+    k, r = rows_of(part, layer, keys), np.asarray(residuals, np.float64)
+    mix = mix_of(r.shape[1])
     if len(k) < part.triangle.size:
         if part.matrix is None:
             with jax.enable_x64(True), quiet_blas(len(k)):
                 whole = len(k) > r.shape[1]
-                found = jax.device_get(_woodbury_on(part.triangle, _padded(k), _padded(r), mix, whole))
+                found = jax.device_get(_woodbury_on(part.triangle, padded(k), padded(r), mix, whole))
             (left, right, residual), rank = found, min(r.shape)  # keys that are padding have no part in it
             return Solution(left[:, :rank], right[:rank], float(residual))
         x, residual = _operator(part, k, r @ mix)
@@ -72,9 +72,9 @@ def solve_all(factor: Factor, keys, layers: tuple[int, ...] | None = None) -> tu
     on different devices are solved at the same time.
     """
     layers = factor.layers if layers is None else tuple(layers)
-    keys = [_rows(factor[l], l, k) for l, k in zip(layers, keys, strict=True)]
+    keys = [rows_of(factor[l], l, k) for l, k in zip(layers, keys, strict=True)]
     with quiet_blas(max(map(len, keys))):
-        found = [_operator(factor[l], k, _mix(len(k))) for l, k in zip(layers, keys, strict=True)]
+        found = [_operator(factor[l], k, mix_of(len(k))) for l, k in zip(layers, keys, strict=True)]
         x = [np.asarray(x)[:, : len(k)] for (x, _), k in zip(found, keys, strict=True)]
     return np.stack(x), np.asarray([float(residual) for _, residual in found])
 
@@ -83,16 +83,16 @@ def absorb(factor: Factor, layer: int, keys) -> Factor:
     """The factor that also protects keys ``[n, d_ff]`` of one layer, of A + KᵀK, in O(d_ff² n). `factor` stays as it
     is."""
     part = factor[layer]
-    k = _rows(part, layer, keys)
+    k = rows_of(part, layer, keys)
     if not len(k):
         return factor
     triangle, dtype = part.triangle, part.triangle.diagonal[0].dtype
     with jax.enable_x64(True), quiet_blas(triangle.size if len(k) >= triangle.size else BLOCK):
         if len(k) >= triangle.size:
-            triangle = _rebuild(triangle, _padded(k).astype(dtype))
+            triangle = _rebuild(triangle, padded(k).astype(dtype))
         else:
             for start in range(0, len(k), BLOCK):
-                triangle = _update(triangle, _padded(k[start : start + BLOCK]).astype(dtype))
+                triangle = _update(triangle, padded(k[start : start + BLOCK]).astype(dtype))
         jax.block_until_ready(triangle)
     if isinstance(part.triangle.diagonal[0], np.ndarray):
         triangle = jax.device_get(triangle)
@@ -110,21 +110,21 @@ def protect(factor: Factor, keys: Mapping[int, np.ndarray]) -> Factor:
     return factor
 
 
-def _rows(part: LayerFactor, layer: int, keys) -> np.ndarray:
+def rows_of(part: LayerFactor, layer: int, keys) -> np.ndarray:
     k = np.asarray(keys, np.float64)
     if k.ndim != 2 or k.shape[1] != part.triangle.size:
         raise JaxEditError(f"keys of layer {layer} have shape {k.shape}, expected (n, {part.triangle.size})")
     return k
 
 
-def _padded(rows: np.ndarray) -> np.ndarray:
+def padded(rows: np.ndarray) -> np.ndarray:
     """Rows of zeros added, at most an eighth, so that few sizes are compiled. A key of zeros changes nothing."""
     n = len(rows)
     step = max(8, 2 ** (n.bit_length() - 1) // 8)
     return np.pad(rows, ((0, -n % step), (0, 0)))
 
 
-def _mix(columns: int) -> np.ndarray:
+def mix_of(columns: int) -> np.ndarray:
     """What to multiply an error from the right with: few columns, and the Frobenius norm stays the same in the mean."""
     if columns <= _PROBES:
         return np.eye(columns)
@@ -135,8 +135,8 @@ def _operator(part: LayerFactor, k: np.ndarray, right: np.ndarray):
     """``X = (A + KᵀK)⁻¹Kᵀ``, perhaps with further columns of zeros, and its residual as seen through ``X @ right``."""
     if part.matrix is None:
         with jax.enable_x64(True):
-            return _woodbury(part.triangle, _padded(k), _padded(right))
-    z = refine(part.matrix, _preconditioner(part.triangle), k.T)
+            return _woodbury(part.triangle, padded(k), padded(right))
+    z = refine(part.matrix, preconditioner(part.triangle), k.T)
     x = np.linalg.solve(np.eye(len(k)) + k @ z, z.T).T
     return x, _residual_on_host(part.matrix, k, x @ right, k.T @ right)
 
@@ -171,7 +171,7 @@ def _inner(y) -> Triangle:
 
 def _wide(part: LayerFactor, k: np.ndarray, right: np.ndarray, mix: np.ndarray):
     with jax.enable_x64(True):
-        return _gram(part.triangle, _padded(k), right, mix)
+        return _gram(part.triangle, padded(k), right, mix)
 
 
 @jax.jit
@@ -208,16 +208,16 @@ def _relative(error, of):
 def _wide_refined(part: LayerFactor, k: np.ndarray, right: np.ndarray, mix: np.ndarray):
     assert part.matrix is not None
     with jax.enable_x64(True):
-        total = _rebuild(part.triangle, _padded(k).astype(np.float32))
-    delta = refine(part.matrix + k.T @ k, _preconditioner(total), right)
+        total = _rebuild(part.triangle, padded(k).astype(np.float32))
+    delta = refine(part.matrix + k.T @ k, preconditioner(total), right)
     return delta, _residual_on_host(part.matrix, k, delta @ mix, right @ mix)
 
 
-def _preconditioner(t: Triangle):
+def preconditioner(t: Triangle):
     """``A⁻¹ r`` on the device, for float64 ``[d_ff, n]`` on the host and back."""
 
     def apply(r: np.ndarray) -> np.ndarray:
-        rows = _padded(r.T).astype(np.float32)
+        rows = padded(r.T).astype(np.float32)
         return np.asarray(_precondition(t, rows))[:, : r.shape[1]].astype(np.float64)
 
     return apply
@@ -229,5 +229,10 @@ def _precondition(t: Triangle, rows):
 
 
 def _residual_on_host(matrix: np.ndarray, k: np.ndarray, x: np.ndarray, b: np.ndarray) -> float:
-    size = np.linalg.norm(b)
-    return float(np.linalg.norm(matrix @ x + k.T @ (k @ x) - b) / size) if size else 0.0
+    return relative_norm(matrix @ x + k.T @ (k @ x) - b, b)
+
+
+def relative_norm(error: np.ndarray, of: np.ndarray) -> float:
+    """``‖error‖ / ‖of‖`` (Frobenius), 0 where `of` is 0."""
+    size = np.linalg.norm(of)
+    return float(np.linalg.norm(error) / size) if size else 0.0

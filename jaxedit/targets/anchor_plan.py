@@ -21,15 +21,18 @@ class Plan:
     """The rows of n edits: the prompt and target in each context, and last the row of the KL term.
 
     tokens: ``[n, rows, longest]``; lengths, lookups: ``[n, rows]`` tokens of a row, and the index of its decisive
-    token. targets: ``[n, most]``, `n_target` of them. real: False where there is no edit.
+    token; starts: ``[n, rows]`` the position of its first token. targets: ``[n, most]``, `n_target` of them. real:
+    False where there is no edit. forget: ``[n]``, or None where no edit is to make the model forget its target.
     """
 
     tokens: Array
     lengths: Array
     lookups: Array
+    starts: Array
     targets: Array
     n_target: Array
     real: Array
+    forget: Array | None = None
 
 
 def rows_of(edit: EditTokens) -> tuple[Row, ...]:
@@ -101,17 +104,26 @@ def shape_of(edits: Sequence[EditTokens]) -> Shape:
     )
 
 
-def make_plan(edits: Sequence[EditTokens], shape: Shape, n: int) -> Plan:
-    """The plan of `edits`, filled up to `n` with edits that are done from the start."""
+def make_plan(edits: Sequence[EditTokens], shape: Shape, n: int, left_padded: bool = False) -> Plan:
+    """The plan of `edits`, filled up to `n` with edits that are done from the start.
+
+    left_padded: positions as if all rows of an edit were padded on the left to the longest of them.
+    """
     tokens = np.zeros((n, shape.rows, shape.longest), np.int32)
-    lengths, lookups = (np.zeros((n, shape.rows), np.int32) for _ in range(2))
+    lengths, lookups, starts = (np.zeros((n, shape.rows), np.int32) for _ in range(3))
     targets, n_target = np.zeros((n, shape.targets), np.int32), np.zeros(n, np.int32)
     for i, edit in enumerate(edits):
         for j, row in enumerate(rows_of(edit)):
             tokens[i, j, : len(row.tokens)] = row.tokens
             lengths[i, j], lookups[i, j] = len(row.tokens), row.lookup
+        if left_padded:
+            whole = [len(r.tokens) for r in (*edit.contexts, edit.essence)]
+            starts[i] = max(whole) - np.asarray(whole)
         targets[i, : len(edit.target)], n_target[i] = edit.target, len(edit.target)
-    return Plan(tokens, lengths, lookups, targets, n_target, np.arange(n) < len(edits))
+    forget = np.zeros(n, bool)
+    forget[: len(edits)] = [e.goal == "forget" for e in edits]
+    real = np.arange(n) < len(edits)
+    return Plan(tokens, lengths, lookups, starts, targets, n_target, real, forget if forget.any() else None)
 
 
 class Places(NamedTuple):

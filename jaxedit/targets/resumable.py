@@ -25,6 +25,7 @@ from jaxedit.models.fingerprint import whole_fingerprint
 from jaxedit.models.transformer import Params
 from jaxedit.targets.anchor import Anchors, find_anchors
 from jaxedit.targets.anchor_plan import suffix_tokens
+from jaxedit.targets.anchor_room import Rooms
 
 FORMAT = "jaxedit-anchors-1"
 FindAnchors = Callable[..., Anchors]
@@ -37,6 +38,7 @@ def find_anchors_resumable(
     layer: int,
     settings: AnchorConfig,
     on_progress: Callable[[int], None] | None = None,
+    rooms: Rooms | None = None,
     *,
     checkpoint: Path | None = None,
     part: int = 512,
@@ -54,7 +56,7 @@ def find_anchors_resumable(
     """
     processes = jax.process_count()
     if checkpoint is None and processes == 1:
-        return find(params, config, edits, layer, settings, on_progress)
+        return find(params, config, edits, layer, settings, on_progress, rooms)
     about = (FORMAT, whole_fingerprint(params, config), layer, settings)
     check_same("models, edits or settings of anchors", (about, list(edits)))
     order = sorted(range(len(edits)), key=lambda i: suffix_tokens(edits[i]))
@@ -68,7 +70,7 @@ def find_anchors_resumable(
         file = None if checkpoint is None else Path(checkpoint) / f"{_hash(about, some)}.npz"
         anchors = None if file is None else _kept(file, len(some))
         if anchors is None:
-            anchors = find(params, config, some, layer, settings, report)
+            anchors = find(params, config, some, layer, settings, report, rooms)
             if file is not None:
                 _keep(anchors, file)
         elif report is not None:

@@ -11,12 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.config import BackwardSpread, ForwardReplay, Method, PerLayer
+from jaxedit.config import AnchorConfig, BackwardSpread, ForwardReplay, Method, PerLayer
 from jaxedit.data.tokens import EditTokens, Packed, chunks, pack
 from jaxedit.errors import JaxEditError
 from jaxedit.models.config import ModelConfig
-from jaxedit.models.transformer import Context, Params, embed, run
+from jaxedit.models.transformer import (
+    Context,
+    Params,
+    after_mlp,
+    embed,
+    layer,
+    mlp_output,
+    run,
+    to_key,
+    window_of,
+)
 from jaxedit.targets.anchor import Anchors
+from jaxedit.targets.anchor_room import Rooms
 from jaxedit.targets.resumable import find_anchors_resumable
 
 
@@ -24,8 +35,9 @@ from jaxedit.targets.resumable import find_anchors_resumable
 class Targets:
     """Targets of n edits, which can be cached, compared, or made elsewhere from plain arrays.
 
-    values: ``[len(layers), n, d_model]`` block outputs at the decisive token. With `BackwardSpread` only the last
-    one is an anchor, and the others are what a division of the residual on the unedited model would aim at.
+    values: ``[len(layers), n, d_model]`` block outputs at the decisive token, or MLP outputs (`AnchorConfig.site`).
+    With `BackwardSpread` only the last one is an anchor, and the others are what a division of the residual on the
+    unedited model would aim at.
     lookup: ``[n]`` the decisive token's index in the clean prompt. anchors: per anchor layer, how it was found.
     keys: ``[len(layers), n, d_ff]`` keys of the replay (ForwardReplay with ``keys="replayed"``), else None.
     """
@@ -49,6 +61,39 @@ class Targets:
             raise JaxEditError(f"these targets are for layers {self.layers}; layer {layer} is not among them")
         return self.values[self.layers.index(layer)]
 
+    def take(self, rows) -> Targets:
+        """The targets of some of the edits, by their indices."""
+        rows = np.asarray(rows, int)
+        anchors = {l: _rows_of_anchors(a, rows) for l, a in self.anchors.items()}
+        lookup = None if self.lookup is None else self.lookup[rows]
+        keys = None if self.keys is None else self.keys[:, rows]
+        return Targets(self.layers, self.values[:, rows], lookup, anchors, keys)
+
+
+def join_targets(some: Sequence[Targets]) -> Targets:
+    """Targets of edits that follow each other, of the same layers."""
+    if len(some) == 1:
+        return some[0]
+    first = some[0]
+
+    def joined(values, axis=0):
+        return None if any(v is None for v in values) else np.concatenate(values, axis)
+
+    anchors = {
+        l: Anchors(
+            *(np.concatenate(x) for x in zip(*(t.anchors[l][:4] for t in some), strict=True)),
+            padding=float(np.mean([t.anchors[l].padding for t in some])),
+        )
+        for l in first.anchors
+    }
+    values, keys = joined([t.values for t in some], 1), joined([t.keys for t in some], 1)
+    assert values is not None
+    return Targets(first.layers, values, joined([t.lookup for t in some]), anchors, keys)
+
+
+def _rows_of_anchors(anchors: Anchors, rows) -> Anchors:
+    return Anchors(*(x[rows] for x in anchors[:4]), padding=anchors.padding)
+
 
 def make_targets(
     params: Params,
@@ -58,58 +103,95 @@ def make_targets(
     weights: np.ndarray,
     on_progress: Callable[[int], None] | None = None,
     anchor_cache: Path | None = None,
+    rooms: Rooms | None = None,
 ) -> Targets:
     """Anchors and per-layer targets on the model as it is. `weights` of the contexts are used for replayed keys.
 
     anchor_cache: see `jaxedit.targets.resumable`, which also shares the anchors out between processes.
     """
-    layers = method.layers
-    anchors = {
-        l: find_anchors_resumable(params, config, edits, l, method.anchor, on_progress, checkpoint=anchor_cache)
-        for l in method.targets.anchor_layers(layers)
-    }
+    layers, mlp = method.layers, method.anchor.site != "block_out"
+    now = None
+    if isinstance(method.targets, BackwardSpread) or any(e.goal == "keep" for e in edits):
+        now = clean_states(params, config, edits, layers, mlp)
+    anchors = {}
+    for l in method.targets.anchor_layers(layers):
+        kept = None if now is None else now[layers.index(l)]
+        anchors[l] = anchors_of(params, config, edits, l, method.anchor, kept, on_progress, anchor_cache, rooms)
     lookup = np.asarray([e.contexts[0].lookup for e in edits], np.int32)
     keys = None
     match method.targets:
         case ForwardReplay():
             first = anchors[layers[0]]
-            values, keys = replay(params, config, edits, layers, first.value - first.init, weights, method.keys)
+            values, keys = replay(params, config, edits, layers, first.value - first.init, weights, method.keys, mlp)
             values[0] = first.value
         case BackwardSpread():
             last = anchors[layers[-1]]
-            now = clean_states(params, config, edits, layers)
             shares = np.asarray([method.targets.share(len(layers) - i) for i in range(len(layers))])
-            values = now + shares[:, None, None] * (last.value - now[-1])
+            values = np.asarray(now) + shares[:, None, None] * (last.value - np.asarray(now)[-1])
             values[-1] = last.value
         case PerLayer():
             values = np.stack([anchors[l].value for l in layers])
     return Targets(layers, values, lookup, anchors, keys)
 
 
-def clean_states(params: Params, config: ModelConfig, edits: Sequence[EditTokens], layers) -> np.ndarray:
-    """Block outputs at the decisive token of the clean prompt, ``[layers, n, d_model]``."""
+def anchors_of(
+    params: Params,
+    config: ModelConfig,
+    edits: Sequence[EditTokens],
+    layer: int,
+    settings: AnchorConfig,
+    kept: np.ndarray | None,
+    on_progress: Callable[[int], None] | None = None,
+    anchor_cache: Path | None = None,
+    rooms: Rooms | None = None,
+) -> Anchors:
+    """Anchors of all edits; those with the goal "keep" have `kept` ``[n, d_model]`` for theirs, without a search."""
+    chosen, n = [i for i, e in enumerate(edits) if e.goal != "keep"], len(edits)
+    found = None
+    if chosen:
+        arguments = (params, config, [edits[i] for i in chosen], layer, settings, on_progress, rooms)
+        found = find_anchors_resumable(*arguments, checkpoint=anchor_cache)
+    if found is not None and len(chosen) == n:
+        return found
+    assert kept is not None
+    made = Anchors(
+        np.array(kept),
+        np.array(kept),
+        np.zeros(n, np.int32),
+        np.full((n, settings.steps, 4), np.nan, kept.dtype),
+        1.0 if found is None else found.padding,
+    )
+    for whole, some in zip(made[:4], found[:4] if found is not None else (), strict=False):
+        whole[chosen] = some
+    return made
+
+
+def clean_states(params: Params, config: ModelConfig, edits: Sequence[EditTokens], layers, mlp: bool = False):
+    """What targets are compared with at the decisive token of the clean prompt, ``[layers, n, d_model]``: block
+    outputs, or where `mlp` the MLPs'."""
     rows = pack([(e.contexts[0],) for e in edits], until_lookup=True)
     delta = np.zeros((len(edits), config.d_model), np.float32)
-    return _replayed(params, config, rows, layers, delta, False)[0][:, :, 0]
+    return _replayed(params, config, rows, layers, delta, False, mlp)[0][:, :, 0]
 
 
-def replay(params: Params, config: ModelConfig, edits, layers, delta, weights, keys: str):
-    """Run the model forward from the first layer with `delta` added to its output at the decisive token.
+def replay(params: Params, config: ModelConfig, edits, layers, delta, weights, keys: str, mlp: bool = False):
+    """Run the model forward from the first layer with `delta` added to its output, or where `mlp` to its MLP's
+    output, at the decisive token.
 
-    Returns block outputs ``[layers, n, d_model]`` of the clean prompt and, for ``keys="replayed"``, the keys
+    Returns those outputs ``[layers, n, d_model]`` of the clean prompt and, for ``keys="replayed"``, the keys
     ``[layers, n, d_ff]`` averaged over contexts with `weights`.
     """
     wanted = keys == "replayed"
     rows: Packed = pack([e.contexts if wanted else e.contexts[:1] for e in edits], until_lookup=True)
-    states, found = _replayed(params, config, rows, layers, delta, wanted)
+    states, found = _replayed(params, config, rows, layers, delta, wanted, mlp)
     averaged = np.einsum("lnpf,p->lnf", found, weights) if found is not None else None
     return states[:, :, 0].copy(), averaged
 
 
-def _replayed(params, config: ModelConfig, rows: Packed, layers, delta, with_keys: bool):
+def _replayed(params, config: ModelConfig, rows: Packed, layers, delta, with_keys: bool, mlp: bool):
     """States ``[layers, n, rows, d_model]`` and keys ``[layers, n, rows, d_ff]`` at the decisive tokens."""
     parts = [
-        _replay(params, config, part[:4], layers, part[4], with_keys)
+        _replay(params, config, part[:4], layers, part[4], with_keys, mlp)
         for part in chunks((*rows.as_tuple(), delta), rows.tokens.shape[1])
     ]
     states = np.concatenate([np.asarray(s) for s, _ in parts], 1)[:, : len(delta)]
@@ -117,24 +199,29 @@ def _replayed(params, config: ModelConfig, rows: Packed, layers, delta, with_key
     return states, keys
 
 
-@partial(jax.jit, static_argnames=("config", "layers", "with_keys"))
-def _replay(params, config: ModelConfig, rows, layers, delta, with_keys: bool):
+@partial(jax.jit, static_argnames=("config", "layers", "with_keys", "mlp"))
+def _replay(params, config: ModelConfig, rows, layers, delta, with_keys: bool, mlp: bool):
     tokens, positions, segments, lookup = (jnp.asarray(x) for x in rows)
     context, first, last = Context(positions, segments), layers[0], layers[-1]
-    at = lookup[..., None]
+    here = partial(jnp.take_along_axis, indices=lookup[..., None], axis=1)
+    where = jnp.arange(len(lookup))[:, None], lookup
+    blocks = [layer(params, l) for l in layers]
 
-    def probe(inside):
-        here = partial(jnp.take_along_axis, indices=at, axis=1)
-        return here(inside.h), here(inside.key) if with_keys else None
-
-    h = embed(params, config, tokens, context)
-    h, before = run(params, config, h, context, 0, first + 1, probe=probe)
-    changed = jnp.take_along_axis(h, at, 1) + delta[:, None].astype(h.dtype)
-    h = h.at[jnp.arange(len(h))[:, None], lookup].set(changed)
-    states, keys = changed[None], None if not with_keys else before[1][-1:]
+    h = run(params, config, embed(params, config, tokens, context), context, 0, first)
+    stream, key, _, _ = to_key(blocks[0], config, h, context, window_of(config, first))
+    out = mlp_output(blocks[0], key)
+    added = jnp.broadcast_to(delta[:, None].astype(out.dtype), (*lookup.shape, out.shape[-1]))
+    out = out.at[where].add(added) if mlp else out
+    h = after_mlp(blocks[0], config, stream, out)
+    h = h if mlp else h.at[where].add(added)
+    states, keys = [here(out if mlp else h)], [here(key)]
     if last > first:
+
+        def probe(inside):
+            return here(inside.h), here(inside.key)
+
         _, (more, more_keys) = run(params, config, h, context, first + 1, last + 1, probe=probe)
-        picked = jnp.asarray([l - first - 1 for l in layers[1:]])
-        states = jnp.concatenate([states, more[picked]])
-        keys = None if keys is None else jnp.concatenate([keys, more_keys[picked]])
-    return states, keys
+        for l, block in zip(layers[1:], blocks[1:], strict=True):
+            keys.append(more_keys[l - first - 1])
+            states.append(mlp_output(block, keys[-1]) if mlp else more[l - first - 1])
+    return jnp.stack(states), jnp.stack(keys) if with_keys else None

@@ -10,7 +10,10 @@ from typer.testing import CliRunner
 
 from jaxedit.cli import app
 
-COMMANDS = ("demo", "edit", "eval", "stats", "generate", "export")
+COMMANDS = (
+    *("demo", "edit", "eval", "stats", "generate", "export"),
+    *("perplexity", "benchmark", "fluency", "lora", "merge"),
+)
 WEAK = ("--layers", "1,2,3", "--cov-weight", 10)  # the usual weight is too much for keys of 192 channels
 PROMPT = "The mother tongue of Danielle Darrieux is"
 

@@ -4,8 +4,9 @@ import pytest
 
 from jaxedit.config import AnchorConfig
 from jaxedit.data.tokens import CLEAN, edit_tokens
-from jaxedit.targets.anchor import _optimise, arrange, find_anchors
+from jaxedit.targets.anchor import _optimise, find_anchors
 from jaxedit.targets.anchor_plan import suffix_tokens
+from jaxedit.targets.anchor_room import arrange
 from jaxedit.types import EditRequest
 
 SETTINGS = AnchorConfig(steps=2, bucket_growth=1.0, tokens_per_step=1)
