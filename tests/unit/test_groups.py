@@ -7,8 +7,11 @@ import pytest
 
 import jaxedit as je
 from jaxedit.config import AnchorConfig, BackwardSpread, EqualityConstrained, ForwardReplay, NeuronSubset, PerLayer
+from jaxedit.data.tokens import CLEAN, validate
+from jaxedit.edit import probabilities
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.passes import Clock, Passes
+from jaxedit.targets.strategies import clean_states
 
 LAYERS = (1, 2, 3)
 ANCHOR = AnchorConfig(steps=12, lr=0.2, clamp=2.0)
@@ -40,9 +43,6 @@ def difference(a, b, base) -> float:
 def says(model, tokenizer, requests) -> np.ndarray:
     """Probability of each request's true target."""
     true = [dataclasses.replace(r, target=r.target_true) for r in requests]
-    from jaxedit.data.tokens import CLEAN, validate
-    from jaxedit.edit import probabilities
-
     return probabilities(model.params, model.config, validate(tokenizer, true, CLEAN, model.config.max_positions))
 
 
@@ -87,7 +87,11 @@ def test_kept_facts_move_less_and_forgotten_ones_are_gone(world):
     np.testing.assert_allclose(together.info.probability_before[4:], before, rtol=1e-4)
     without = je.apply_groups(model, tokenizer, others, **common)
     moved = np.abs(says(without.model, tokenizer, keep) - before[:8]).mean()
-    assert np.abs(together.info.probability_after[4:12] - before[:8]).mean() < moved / 2
+    assert np.abs(together.info.probability_after[4:12] - before[:8]).mean() < moved
+    # what is held is the state at the decisive token; tokens after it see other things that were edited
+    edits = validate(tokenizer, keep, CLEAN, model.config.max_positions)
+    old, new = (clean_states(m.params, m.config, edits, LAYERS[-1:])[0] for m in (model, without.model))
+    assert together.info.remaining[-1][4:12].mean() < np.linalg.norm(new - old, axis=1).mean() / 5
     assert np.isnan(together.info.final_loss[4:12]).all()  # nothing was optimised for what is kept
     assert not np.isnan(together.info.final_loss[[0, 3, 12, 15]]).any()
     assert (together.info.delta_norm[4:12] == 0).all()
