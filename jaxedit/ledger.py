@@ -1,0 +1,310 @@
+"""The ledger: edits that are added, changed and withdrawn one by one, while the model is always that of all of them.
+
+Targets are found on the base model, for each edit by itself. So a ledger keeps each edit's request and targets, and its
+model is solved from them: withdrawing an edit is solving again without it, at no anchor's cost, and gives what
+editing from scratch with the remaining requests gives. Where targets depend on other edits (PerLayer's above the first
+layer) they are not kept, and are found again while solving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxedit.config import BackwardSpread, Method, PerLayer
+from jaxedit.data.templates import sample_templates
+from jaxedit.data.tokens import CLEAN, check_templates, template_weights, validate
+from jaxedit.edit import EditResult, apply_edits, describe
+from jaxedit.errors import JaxEditError, RequestError
+from jaxedit.export.patch import EditPatch
+from jaxedit.layer_loop import Progress, anchor_progress
+from jaxedit.ledger_files import LedgerRecord, locked, method_from_plain, read_record, write_record
+from jaxedit.models.fingerprint import matrix_hash, whole_fingerprint
+from jaxedit.models.transformer import Decoder
+from jaxedit.presets import resolve
+from jaxedit.solvers.ridge import Factor
+from jaxedit.statistics import SecondMoments
+from jaxedit.targets.anchor import Anchors
+from jaxedit.targets.strategies import Targets, make_targets
+from jaxedit.types import EditRequest
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Ledger:
+    """The edits of one base model by one method, from `create` or `load`. `add`, `update` and `withdraw` return a new
+    ledger and leave this one as it is.
+
+    record: the edits and all else that a file holds. stats: what to solve with, by default made of the packaged
+    corpus. factor: of the statistics, from an earlier state's solution.
+    """
+
+    base: Decoder
+    tokenizer: Any
+    method: Method
+    record: LedgerRecord
+    stats: SecondMoments | None = None
+    factor: Factor | None = None
+
+    @classmethod
+    def create(
+        cls,
+        base: Decoder,
+        tokenizer,
+        method: str | Method = "fe",
+        layers: Sequence[int] | None = None,
+        stats: SecondMoments | None = None,
+        templates=None,
+        *,
+        seed: int = 0,
+    ) -> Ledger:
+        """A ledger without edits. The arguments are those of `jaxedit.apply_edits`; they hold for all its edits.
+
+        Context templates are sampled here, once, as anchors depend on them. Raises JaxEditError (StatisticsError)
+        where method, layers or statistics do not fit the model.
+        """
+        if not isinstance(base, Decoder):
+            raise JaxEditError(f"a ledger needs the unedited Decoder (from jaxedit.load), got {type(base).__name__}")
+        method = resolve(method, base.config, layers)
+        plain = describe(method)
+        if method_from_plain(plain) != method:
+            raise JaxEditError(f"the method {method.name!r} cannot be kept in a file: it holds more than plain data")
+        statistics, given = identity(stats, method, base), templates is not None
+        record = LedgerRecord(
+            method=plain,
+            templates=check_templates(templates if given else sample_templates(base, tokenizer, seed)),
+            seed=None if given else seed,
+            base=whole_fingerprint(base.params, base.config),
+            dtype=str(base.dtype),
+            statistics=statistics,
+        )
+        return cls(base, tokenizer, method, record, stats)
+
+    @classmethod
+    def load(cls, path, base: Decoder, tokenizer, stats: SecondMoments | None = None) -> Ledger:
+        """Read what `save` wrote. Raises JaxEditError on anything else, and where model or statistics are not those
+        of the ledger."""
+        record = read_record(path)
+        if record.dtype != str(base.dtype):
+            raise JaxEditError(f"the ledger {path} is of a {record.dtype} model and this one is {base.dtype}")
+        if record.base != whole_fingerprint(base.params, base.config):
+            raise JaxEditError(f"the ledger {path} is of another base model; give the one that it was created with")
+        method = method_from_plain(record.method)
+        if stats is not None and identity(stats, method, base) != record.statistics:
+            raise JaxEditError(
+                f"the ledger {path} is solved with other second moments ({_named(record.statistics)}); give those, or "
+                "leave stats out and change them with `with_stats`"
+            )
+        return cls(base, tokenizer, method, record, stats)
+
+    def save(self, path) -> Path:
+        """Create or replace the file; it appears whole or not at all, whenever the process ends.
+
+        Raises JaxEditError where another process holds it (see `locked`) or has changed it since this ledger was
+        read from it.
+        """
+        return write_record(self.record, path)
+
+    locked = staticmethod(locked)
+
+    def __len__(self) -> int:
+        return len(self.record.requests)
+
+    def __repr__(self) -> str:
+        return f"Ledger({self.method.name}, {len(self)} edits)"
+
+    def list(self) -> Mapping[str, EditRequest]:
+        """All requests, by id, in the order in which they were added."""
+        return dict(self.record.requests)
+
+    def get(self, id: str | int) -> EditRequest:
+        """One request. Raises JaxEditError where there is no such edit."""
+        self.record.rows([id])
+        return self.record.requests[str(id)]
+
+    def add(
+        self,
+        requests: Iterable[EditRequest],
+        *,
+        anchor_cache: Path | None = None,
+        on_progress: Progress | None = None,
+    ) -> Ledger:
+        """The ledger with more edits, whose targets are found here.
+
+        An edit's id is its request's own, as text, or the next number. anchor_cache, on_progress: as in
+        `jaxedit.apply_edits`. Raises RequestError naming every request that cannot be carried out, that repeats or
+        contradicts another or an edit of the ledger, or whose id is taken; nothing is computed in that case.
+        """
+        requests = tuple(requests)
+        made, problems = self.record.numbered(requests)
+        _check(self, requests, self.record.requests, problems)
+        return self._with(self.record.with_edits(made, self._find(requests, anchor_cache, on_progress)))
+
+    def update(
+        self, id: str | int, request: EditRequest, *, anchor_cache: Path | None = None, on_progress=None
+    ) -> Ledger:
+        """The ledger with another request in the place of an edit and under its id. Raises as `add`."""
+        old, id = self.get(id), str(id)
+        request = dataclasses.replace(request, id=old.id)
+        _check(self, (request,), {other: r for other, r in self.record.requests.items() if other != id})
+        arrays = self._find((request,), anchor_cache, on_progress)
+        return self._with(self.record.with_replaced(id, request, arrays))
+
+    def withdraw(self, ids: str | int | Iterable[str | int]) -> Ledger:
+        """The ledger without some edits. Raises JaxEditError naming every id that it does not have."""
+        return self._with(self.record.without([ids] if isinstance(ids, str | int) else ids))
+
+    def with_stats(self, stats: SecondMoments | None) -> Ledger:
+        """The same edits, solved with other second moments; None for the default ones. Their targets stay."""
+        record = self.record.with_statistics(identity(stats, self.method, self.base))
+        return Ledger(self.base, self.tokenizer, self.method, record, stats)
+
+    @property
+    def targets(self) -> Targets:
+        """Targets of all edits, at the layers where they depend on no other edit."""
+        if not len(self):
+            raise JaxEditError("the ledger holds no edits")
+        return _from_arrays(self.record.arrays, _own_layers(self.method))
+
+    @property
+    def model(self) -> Decoder:
+        """The base with all edits; the base itself where there are none."""
+        return self.result.model if len(self) else self.base
+
+    @property
+    def patch(self) -> EditPatch:
+        """All edits as one patch of the base."""
+        return self.result.patch
+
+    @cached_property
+    def result(self) -> EditResult:
+        """`solve()`, once."""
+        return self.solve()
+
+    def solve(self, *, anchor_cache: Path | None = None, on_progress: Progress | None = None) -> EditResult:
+        """Write all edits into the base at once, as `jaxedit.apply_edits` does, from the targets that are known.
+
+        Raises JaxEditError where the ledger holds no edits.
+        """
+        return apply_edits(
+            self.base,
+            self.tokenizer,
+            tuple(self.record.requests.values()),
+            self.method,
+            stats=self.stats,
+            targets=self.targets,
+            templates=self.record.templates,
+            factor=self.factor,
+            anchor_cache=anchor_cache,
+            on_progress=on_progress,
+        )
+
+    def _with(self, record: LedgerRecord) -> Ledger:
+        """Another state, which need not make again what this one has solved with."""
+        solved: EditResult | None = self.__dict__.get("result")
+        if solved is None:
+            return dataclasses.replace(self, record=record)
+        return dataclasses.replace(self, record=record, stats=solved.stats, factor=solved.factor)
+
+    def _find(self, requests, anchor_cache: Path | None, on_progress: Progress | None) -> dict[str, np.ndarray]:
+        """Targets of some requests on the base."""
+        config, templates = self.base.config, self.record.templates
+        edits = validate(self.tokenizer, requests, templates, config.max_positions)
+        method = dataclasses.replace(self.method, layers=_own_layers(self.method))
+        report = anchor_progress(on_progress, edits)
+        weights = template_weights(templates)
+        return _to_arrays(make_targets(self.base.params, config, edits, method, weights, report, anchor_cache))
+
+
+def _check(ledger: Ledger, requests: tuple[EditRequest, ...], others: Mapping[str, EditRequest], problems=()):
+    """Raise RequestError with `problems` and all else that is wrong with `requests` beside the edits `others`."""
+    problems = list(problems)
+    try:
+        validate(ledger.tokenizer, requests, CLEAN, ledger.base.config.max_positions)
+    except RequestError as error:
+        problems = [*error.problems, *problems]
+    by_prompt = {_words(r.prompt): id for id, r in others.items()}
+    for i, request in enumerate(requests):
+        id = by_prompt.get(_words(request.prompt))
+        if id is None:
+            continue
+        there = f"edit {id} of the ledger: {request.prompt!r} -> {others[id].target!r}"
+        if request.target.strip() == others[id].target.strip():
+            problems.append(f"request {i} repeats {there}")
+        else:
+            problems.append(f"request {i} contradicts {there} and {request.target!r}; update or withdraw that edit")
+    if problems:
+        raise RequestError(problems)
+
+
+def identity(stats: SecondMoments | None, method: Method, base: Decoder) -> dict[str, Any] | None:
+    """What tells second moments at the method's layers from others: where they come from, if they say so, or else
+    hashes of the matrices. None for the default ones.
+
+    Raises StatisticsError where they do not fit the model or lack a layer.
+    """
+    if stats is None:
+        return None
+    stats.check(base)
+    counts = {str(l): stats[l].count for l in method.layers}
+    about = {name: value for name, value in stats.about.items() if name != "implementation"}
+    if about and stats.fingerprint is not None:
+        found = {"counts": counts, "fingerprint": stats.fingerprint, "about": about}
+    else:
+        found = {"counts": counts, "hashes": {str(l): matrix_hash(stats[l].matrix) for l in method.layers}}
+    return json.loads(json.dumps(found, default=str))
+
+
+def _named(statistics: Mapping[str, Any] | None) -> str:
+    if statistics is None:
+        return "the default ones, of the packaged corpus"
+    corpus = statistics.get("about", {}).get("corpus")
+    counts = ", ".join(str(n) for n in sorted(set(statistics["counts"].values())))
+    return f"over {counts} tokens" + (f" of the corpus with hash {corpus}" if corpus else "")
+
+
+def _own_layers(method: Method) -> tuple[int, ...]:
+    """The layers whose targets have to be kept, as they are made of the edit alone and not of other targets."""
+    match method.targets:
+        case PerLayer():
+            return method.layers[:1]
+        case BackwardSpread():
+            return method.layers[-1:]
+        case _:
+            return method.layers
+
+
+def _to_arrays(targets: Targets) -> dict[str, np.ndarray]:
+    """Targets as arrays that have the edit as their first axis."""
+    arrays = {"values": np.moveaxis(np.asarray(targets.values), 0, 1)}
+    if targets.keys is not None:
+        arrays["keys"] = np.moveaxis(np.asarray(targets.keys), 0, 1)
+    if targets.lookup is not None:
+        arrays["lookup"] = np.asarray(targets.lookup)
+    n = len(arrays["values"])
+    for l, anchors in targets.anchors.items():
+        for name, x in anchors._asdict().items():
+            arrays[f"anchors.{l}.{name}"] = np.full(n, x) if np.ndim(x) == 0 else np.asarray(x)
+    return arrays
+
+
+def _from_arrays(arrays: Mapping[str, np.ndarray], layers: tuple[int, ...]) -> Targets:
+    """The targets again; the padding of anchors found in several calls is their mean."""
+    fields: dict[int, dict[str, Any]] = {}
+    for name, x in arrays.items():
+        if name.startswith("anchors."):
+            _, l, field = name.split(".")
+            fields.setdefault(int(l), {})[field] = float(x.mean()) if field == "padding" else x
+    keys = np.moveaxis(arrays["keys"], 1, 0) if "keys" in arrays else None
+    anchors = {l: Anchors(**found) for l, found in fields.items()}
+    return Targets(layers, np.moveaxis(arrays["values"], 1, 0), arrays.get("lookup"), anchors, keys)
+
+
+def _words(text: str) -> str:
+    """Prompts that differ in nothing but white space ask for the same."""
+    return " ".join(text.split())
