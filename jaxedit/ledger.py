@@ -2,8 +2,8 @@
 
 Targets are found on the base model, for each edit by itself. So a ledger keeps each edit's request and targets, and its
 model is solved from them: withdrawing an edit is solving again without it, at no anchor's cost, and gives what
-editing from scratch with the remaining requests gives. Where targets depend on other edits (PerLayer's above the first
-layer) they are not kept, and are found again while solving.
+editing from scratch with the remaining requests gives. Targets that depend on other edits (PerLayer's above the first
+layer; all, where edits are made one after the other) are not kept, but found while solving.
 """
 
 from __future__ import annotations
@@ -165,11 +165,12 @@ class Ledger:
         return Ledger(self.base, self.tokenizer, self.method, record, stats)
 
     @property
-    def targets(self) -> Targets:
-        """Targets of all edits, at the layers where they depend on no other edit."""
+    def targets(self) -> Targets | None:
+        """Targets of all edits, at the layers where they depend on no other edit; None where there are none such."""
         if not len(self):
             raise JaxEditError("the ledger holds no edits")
-        return _from_arrays(self.record.arrays, _own_layers(self.method))
+        layers = _own_layers(self.method)
+        return _from_arrays(self.record.arrays, layers) if layers else None
 
     @property
     def model(self) -> Decoder:
@@ -209,15 +210,19 @@ class Ledger:
         solved: EditResult | None = self.__dict__.get("result")
         if solved is None:
             return dataclasses.replace(self, record=record)
-        return dataclasses.replace(self, record=record, stats=solved.stats, factor=solved.factor)
+        factor = solved.factor
+        if factor is not None and any(part.protected for part in factor.parts.values()):
+            factor = None  # it holds this state's keys in place
+        return dataclasses.replace(self, record=record, stats=solved.stats, factor=factor)
 
     def _find(self, requests, anchor_cache: Path | None, on_progress: Progress | None) -> dict[str, np.ndarray]:
-        """Targets of some requests on the base."""
-        config, templates = self.base.config, self.record.templates
+        """Targets of some requests on the base, where they depend on no other edit."""
+        config, templates, layers = self.base.config, self.record.templates, _own_layers(self.method)
         edits = validate(self.tokenizer, requests, templates, config.max_positions)
-        method = dataclasses.replace(self.method, layers=_own_layers(self.method))
+        if not layers:
+            return {}
+        method, weights = dataclasses.replace(self.method, layers=layers), template_weights(templates)
         report = anchor_progress(on_progress, edits)
-        weights = template_weights(templates)
         return _to_arrays(make_targets(self.base.params, config, edits, method, weights, report, anchor_cache))
 
 
@@ -270,6 +275,8 @@ def _named(statistics: Mapping[str, Any] | None) -> str:
 
 def _own_layers(method: Method) -> tuple[int, ...]:
     """The layers whose targets have to be kept, as they are made of the edit alone and not of other targets."""
+    if getattr(method, "at_once", None) is not None:  # anchors are found on the model as edited so far
+        return ()
     match method.targets:
         case PerLayer():
             return method.layers[:1]

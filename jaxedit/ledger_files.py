@@ -34,7 +34,8 @@ class LedgerRecord:
     method: as `jaxedit.edit.describe` gives it. templates: what anchors are found in; seed: that they were sampled
     with, None where they were given. base, dtype: fingerprint and dtype of the base's weights. statistics: which were
     given to solve with (`jaxedit.ledger.identity`), None for the default ones.
-    requests: by id. arrays: the edits' targets and how they were found, each with the edit as its first axis.
+    requests: by id. arrays: the edits' targets and how they were found, each with the edit as its first axis; none
+    where targets depend on other edits.
     next_id: the number that the next edit without an id gets. No number is given twice.
     lineage: hashes of this state, which is the last, and of those it was made from since it was read or created.
     """
@@ -55,8 +56,8 @@ class LedgerRecord:
             about = (self.method, self.templates, self.base, self.dtype, self.statistics)
             object.__setattr__(self, "lineage", (_hash(*about),))
         sizes = {name: len(x) for name, x in self.arrays.items() if len(x) != len(self.requests)}
-        if sizes or bool(self.requests) != bool(self.arrays):
-            raise JaxEditError(f"a ledger of {len(self.requests)} edits cannot have targets of {sizes or 'none'}")
+        if sizes:
+            raise JaxEditError(f"a ledger of {len(self.requests)} edits cannot have targets of {sizes}")
 
     def rows(self, ids: Iterable[str | int]) -> list[int]:
         """Where edits stand. Raises JaxEditError naming every id that is unknown or given twice."""

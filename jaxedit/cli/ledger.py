@@ -46,9 +46,7 @@ def add(
     ledger: LedgerFile,
     model: Model,
     requests: Requests,
-    method: Annotated[
-        str | None, typer.Option(help="fe, memit, memit_no_divide, one_layer or blue. [default: fe]")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help="One of those of `jaxedit edit`. [default: fe]")] = None,
     layers: Layers = None,
     cov_weight: Annotated[
         float | None, typer.Option(min=0, help="Weight of what is to be left alone; by default the model's preset.")
@@ -87,6 +85,8 @@ def add(
             if record is None:
                 recipe = method_for(method or "fe", decoder.config, chosen)
                 if cov_weight is not None:
+                    if not hasattr(recipe.solver, "cov_weight"):
+                        raise JaxEditError(f"--cov-weight does not go with {recipe.name}, which has no such weight")
                     recipe = dataclasses.replace(
                         recipe, solver=dataclasses.replace(recipe.solver, cov_weight=cov_weight)
                     )

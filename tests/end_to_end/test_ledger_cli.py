@@ -52,9 +52,13 @@ def model(goldens):
 
 
 @pytest.fixture(scope="module")
-def facts(model, tmp_path_factory):
-    """Files of four facts and of two others."""
-    records = json.loads((model / "facts.json").read_text(encoding="utf-8"))
+def facts(tmp_path_factory):
+    """Files of four facts, of two others, and of one more, all of the same numbers of tokens."""
+    subjects = "HealthCap|Khabarovsk|Crazed Fruit|Flemish Community|Bosco Gurin|Ancient Aliens|Ivan Pavlov".split("|")
+    records = [
+        {"prompt": f"{s} is headquartered in", "subject": s, "target": target, "target_true": "Stockholm"}
+        for s, target in zip(subjects, ("Toronto", "Chicago", "Toronto", "Renault") * 2, strict=False)
+    ]
     folder = tmp_path_factory.mktemp("facts")
     for name, some in (("four", records[:4]), ("two", records[4:6]), ("one", records[6:7])):
         (folder / f"{name}.json").write_text(json.dumps(some), encoding="utf-8")
@@ -112,8 +116,8 @@ def test_list_and_show_need_no_model(ledger):
             assert found["method"] == "fe" and found["layers"] == [1, 2, 3] and found["dtype"] == "float32"
             assert found["edits"][2] == {
                 "id": "2",
-                "prompt": "HealthCap is headquartered in",
-                "subject": "HealthCap",
+                "prompt": "Crazed Fruit is headquartered in",
+                "subject": "Crazed Fruit",
                 "target": "Toronto",
             }
         elif arguments[0] == "show":
@@ -136,7 +140,7 @@ def run_child(code: str, *arguments):
 
 def test_tables_for_people(ledger):
     listed = jaxedit_("list", ledger).stdout
-    assert "4 edits with fe at layers [1, 2, 3]" in listed and "HealthCap is headquartered in" in words(listed)
+    assert "4 edits with fe at layers [1, 2, 3]" in listed and "Crazed Fruit is headquartered in" in words(listed)
     shown = jaxedit_("show", ledger, 2).stdout
     assert "target: Toronto" in shown and "anchor at layer 1: loss" in shown
     assert "withdrew 1 edit; 3 remain" in jaxedit_("withdraw", ledger, 2).stdout
@@ -147,13 +151,13 @@ def test_tables_for_people(ledger):
 def test_export_after_withdrawing_equals_editing_without(ledger, model, facts, options, tmp_path):
     import jaxedit as je
 
-    jaxedit_("withdraw", ledger, 3)
+    jaxedit_("withdraw", ledger, 3, 2)
     out = ("--out", tmp_path / "model", "--patch", tmp_path / "facts.jaxedit")
     done = document("export", ledger, model, "--stats", options[-1], *out)
-    assert done["edits"] == 3 and len(done["info"]["layers"]) == 3
+    assert done["edits"] == 2 and len(done["info"]["layers"]) == 3
     reference = CliRunner().invoke(
         app,
-        [*map(str, ("edit", model, facts / "four.json", *options, "--limit", 3)), "--no-eval"]
+        [*map(str, ("edit", model, facts / "four.json", *options, "--limit", 2)), "--no-eval"]
         + ["--patch", str(tmp_path / "reference.jaxedit")],
     )
     assert reference.exit_code == 0, reference.output
@@ -161,7 +165,7 @@ def test_export_after_withdrawing_equals_editing_without(ledger, model, facts, o
     assert [r.prompt for r in ours.requests] == [r.prompt for r in theirs.requests]
     for l in (1, 2, 3):
         a, b = ours.deltas[l].dense(), theirs.deltas[l].dense()
-        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)  # 25 steps in float32, four edits a step or three
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)  # 25 steps in float32, four edits a step or two
     again = je.load(tmp_path / "model")[0]
     applied = je.apply_patch(je.load(model)[0], ours)
     assert (np.asarray(again.params["blocks"]["down"]["w"]) == np.asarray(applied.params["blocks"]["down"]["w"])).all()
@@ -179,15 +183,15 @@ def test_export_of_an_empty_ledger_is_the_base(ledger, model, moments, tmp_path)
 
 
 def test_update(ledger, model, facts):
-    done = document("update", ledger, model, 2, "--target", "Rome")
-    assert done["updated"] == "2" and done["request"]["target"] == "Rome" and done["edits"] == 4
-    one = json.loads((facts / "one.json").read_text(encoding="utf-8"))[0]["requested_rewrite"]
+    done = document("update", ledger, model, 2, "--target", "Swedish")
+    assert done["updated"] == "2" and done["request"]["target"] == "Swedish" and done["edits"] == 4
+    one = json.loads((facts / "one.json").read_text(encoding="utf-8"))[0]
     printed = words(jaxedit_("update", ledger, model, 2, "--from", facts / "one.json").stdout)
-    assert "edit 2 was: HealthCap is headquartered in Rome edit 2 is now: " in printed
-    assert f"{one['target_new']['str']} Seconds:" in printed
+    assert "edit 2 was: Crazed Fruit is headquartered in Swedish edit 2 is now: " in printed
+    assert f"{one['prompt']} {one['target']} Seconds:" in printed
     edits = document("list", ledger)["edits"]
     assert [e["id"] for e in edits] == ["0", "1", "2", "3"]
-    assert edits[2]["subject"] == one["subject"] and edits[2]["target"] == one["target_new"]["str"]
+    assert edits[2]["subject"] == one["subject"] and edits[2]["target"] == one["target"]
     refused = jaxedit_("update", ledger, model, 2, "--from", facts / "two.json", code=1)
     assert "holds 2 requests" in words(refused.stderr)
 

@@ -33,7 +33,7 @@ from jaxedit.targets import strategies
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (1, 2, 3)
 TEMPLATES = ("{}", "So it is said. {}")
-FEW = AnchorConfig(steps=3, lr=0.3, tokens_per_step=10_000, bucket_growth=1e9)  # one program for any edits
+FEW = AnchorConfig(steps=3, lr=0.3, tokens_per_step=640, bucket_growth=1e9)
 FE = Method(name="fe", targets=ForwardReplay(), layers=LAYERS, solver=Ridge(cov_weight=10.0), anchor=FEW)
 METHODS = {
     "fe": FE,
@@ -54,6 +54,17 @@ def many(goldens) -> list[je.EditRequest]:
     return made
 
 
+# Eight facts of the same numbers of tokens, so that any four of them are edited by one compiled program.
+SUBJECTS = (
+    "Sean M. Carroll|Khabarovsk|Crazed Fruit|Flemish Community|Bosco Gurin|Ancient Aliens|Ivan Pavlov|AIK Fotboll"
+)
+FORMS = ("{} is headquartered in", "{} was created in", "{} is originally from")
+TARGETS = ("Toronto", "Chicago", "Swedish", "Finnish", "geometry")
+FACTS = [
+    je.EditRequest.from_template(FORMS[i % 3], subject, TARGETS[i % 5]) for i, subject in enumerate(SUBJECTS.split("|"))
+]
+
+
 @pytest.fixture(scope="module")
 def stats(goldens) -> je.SecondMoments:
     with np.load(goldens / "tiny-llama" / "cov.npz") as moments:
@@ -66,9 +77,9 @@ def empty(tiny, stats) -> Ledger:
 
 
 @pytest.fixture(scope="module")
-def twelve(tiny, stats, many) -> Ledger:
-    """A ledger of twelve edits."""
-    return Ledger.create(*tiny("tiny-llama"), FE, stats=stats, templates=TEMPLATES).add(many[::17])
+def eight(tiny, stats) -> Ledger:
+    """A ledger of eight edits."""
+    return Ledger.create(*tiny("tiny-llama"), FE, stats=stats, templates=TEMPLATES).add(FACTS)
 
 
 def matrices(model) -> dict[int, np.ndarray]:
@@ -111,8 +122,8 @@ def test_fifty_of_two_hundred_withdrawn_equals_editing_with_the_others(goldens, 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_withdrawing_equals_editing_without(goldens, stats, many, name, monkeypatch):
-    method, requests = METHODS[name], many[::25]
+def test_withdrawing_equals_editing_without(goldens, stats, name, monkeypatch):
+    method, requests = METHODS[name], FACTS
     with jax.enable_x64(True):
         base, tokenizer = je.load(goldens / "tiny-llama", dtype="float64")
         scratch = je.apply_edits(base, tokenizer, requests[1::2], method, stats=stats, templates=TEMPLATES)
@@ -130,22 +141,25 @@ def test_withdrawing_equals_editing_without(goldens, stats, many, name, monkeypa
         rest = ledger.withdraw([0, 2]).withdraw([4, 6])
         assert difference(rest.model, scratch.model, base) <= 1e-6
         assert layers == ([3] if name == "blue" else [])  # BLUE's second layer alone depends on the other edits
+        assert rest.targets is not None
         for l in rest.targets.layers:
             np.testing.assert_allclose(rest.targets.at(l), scratch.targets.at(l), rtol=1e-9, atol=1e-12)
 
 
-def test_an_updated_edit_keeps_id_and_place(twelve, stats):
-    new = dataclasses.replace(twelve.get(4), target="Paris", id="ignored")
-    changed = twelve.update(4, new)
-    assert list(changed.list()) == list(twelve.list()) and changed.get("4").target == "Paris" and changed.get(4).id == 4
-    assert twelve.get(4).target != "Paris"
-    kept = [row for row in range(12) if row != 4]
+def test_an_updated_edit_keeps_id_and_place(eight, stats):
+    new = dataclasses.replace(eight.get(4), target="Renault", id="ignored")
+    changed = eight.update(4, new)
+    assert (
+        list(changed.list()) == list(eight.list()) and changed.get("4").target == "Renault" and changed.get(4).id == 4
+    )
+    assert eight.get(4).target != "Renault"
+    kept = [row for row in range(8) if row != 4]
     for name, x in changed.record.arrays.items():
-        np.testing.assert_array_equal(x[kept], twelve.record.arrays[name][kept])
+        np.testing.assert_array_equal(x[kept], eight.record.arrays[name][kept])
     requests = list(changed.list().values())
-    scratch = je.apply_edits(twelve.base, twelve.tokenizer, requests, FE, stats=stats, templates=TEMPLATES)
-    assert difference(changed.model, scratch.model, twelve.base) <= 1e-4  # float32
-    assert difference(changed.model, twelve.model, twelve.base) >= 1e-2
+    scratch = je.apply_edits(eight.base, eight.tokenizer, requests, FE, stats=stats, templates=TEMPLATES)
+    assert difference(changed.model, scratch.model, eight.base) <= 1e-4  # float32
+    assert difference(changed.model, eight.model, eight.base) >= 1e-2
 
 
 def test_an_empty_ledger_is_the_base(empty):
@@ -155,16 +169,16 @@ def test_an_empty_ledger_is_the_base(empty):
             fails()
 
 
-def test_the_patch_gives_the_model(twelve):
-    applied = je.apply_patch(twelve.base, twelve.patch)
-    assert same_bits(applied, twelve.model) and not same_bits(applied, twelve.base)
-    assert [r.id for r in twelve.patch.requests] == list(range(12))
+def test_the_patch_gives_the_model(eight):
+    applied = je.apply_patch(eight.base, eight.patch)
+    assert same_bits(applied, eight.model) and not same_bits(applied, eight.base)
+    assert [r.id for r in eight.patch.requests] == list(range(8))
 
 
-def test_the_factor_is_made_once(twelve):
-    factor = twelve.result.factor
-    assert factor is not None and twelve.withdraw([0]).withdraw([1]).factor is factor
-    assert twelve.with_stats(None).factor is None
+def test_the_factor_is_made_once(eight):
+    factor = eight.result.factor
+    assert factor is not None and eight.withdraw([0]).withdraw([1]).factor is factor
+    assert eight.with_stats(None).factor is None
 
 
 # Ids and requests.
@@ -188,16 +202,16 @@ def test_ids(empty, many, monkeypatch):
         ledger.update(3, many[0])
 
 
-def test_bad_requests_are_named_before_anything_is_computed(twelve, many, monkeypatch):
+def test_bad_requests_are_named_before_anything_is_computed(eight, many, monkeypatch):
     monkeypatch.setattr("jaxedit.ledger.make_targets", None)
-    there = twelve.get(2)
+    there = eight.get(2)
     bad = [
         dataclasses.replace(there, id=None, prompt=there.prompt.replace(" ", "  ", 1), subject_start=None),
         dataclasses.replace(there, id=None, target="Atlantis"),
         dataclasses.replace(many[1], target=" "),
     ]
     with pytest.raises(RequestError) as caught:
-        twelve.add(bad)
+        eight.add(bad)
     text = str(caught.value)
     for part in (
         "request 0 repeats edit 2",
@@ -207,9 +221,9 @@ def test_bad_requests_are_named_before_anything_is_computed(twelve, many, monkey
     ):
         assert part in text
     with pytest.raises(RequestError, match="contradicts edit 3"):
-        twelve.update(2, dataclasses.replace(twelve.get(3), target="Atlantis"))
+        eight.update(2, dataclasses.replace(eight.get(3), target="Atlantis"))
     with pytest.raises(RequestError, match="no edit requests"):
-        twelve.add([])
+        eight.add([])
 
 
 def fake_targets(params, config, edits, method, weights, *_):
@@ -262,16 +276,16 @@ def test_targets_follow_their_requests(actions):
 # Files.
 
 
-def test_save_and_load_round_trip(twelve, stats, tmp_path):
-    path = twelve.save(tmp_path / "facts.ledger")
-    again = Ledger.load(path, twelve.base, twelve.tokenizer, stats)
-    assert again.method == twelve.method and state(again.record) == state(twelve.record)
-    assert same_bits(again.model, twelve.model)
-    assert again.save(path) == path and state(read_record(path)) == state(twelve.record)
+def test_save_and_load_round_trip(eight, stats, tmp_path):
+    path = eight.save(tmp_path / "facts.ledger")
+    again = Ledger.load(path, eight.base, eight.tokenizer, stats)
+    assert again.method == eight.method and state(again.record) == state(eight.record)
+    assert same_bits(again.model, eight.model)
+    assert again.save(path) == path and state(read_record(path)) == state(eight.record)
     nothing = again.withdraw(again.list())
     nothing.save(path)
-    back = Ledger.load(path, twelve.base, twelve.tokenizer, stats)
-    assert len(back) == 0 and same_bits(back.model, twelve.base) and back.record.next_id == 12
+    back = Ledger.load(path, eight.base, eight.tokenizer, stats)
+    assert len(back) == 0 and same_bits(back.model, eight.base) and back.record.next_id == 8
 
 
 def test_half_precision_round_trip(goldens, tiny, tmp_path):
@@ -285,26 +299,26 @@ def test_half_precision_round_trip(goldens, tiny, tmp_path):
         Ledger.load(tmp_path / "x.ledger", *tiny("tiny-llama"))
 
 
-def test_another_base_is_refused(twelve, tmp_path):
-    path = twelve.save(tmp_path / "x.ledger")
-    other = with_matrices(twelve.base, {1: np.asarray(twelve.base.params["blocks"]["down"]["w"][1]) * 1.5})
+def test_another_base_is_refused(eight, tmp_path):
+    path = eight.save(tmp_path / "x.ledger")
+    other = with_matrices(eight.base, {1: np.asarray(eight.base.params["blocks"]["down"]["w"][1]) * 1.5})
     with pytest.raises(JaxEditError, match="another base model"):
-        Ledger.load(path, other, twelve.tokenizer)
+        Ledger.load(path, other, eight.tokenizer)
 
 
-def test_statistics_are_checked_and_can_be_changed(twelve, stats, tmp_path):
-    path = twelve.save(tmp_path / "x.ledger")
+def test_statistics_are_checked_and_can_be_changed(eight, stats, tmp_path):
+    path = eight.save(tmp_path / "x.ledger")
     other = je.SecondMoments.from_arrays({l: 2 * m.matrix for l, m in stats.items()}, 19_200)
     with pytest.raises(JaxEditError, match=r"other second moments \(over 19200 tokens\).*with_stats"):
-        Ledger.load(path, twelve.base, twelve.tokenizer, other)
-    changed = Ledger.load(path, twelve.base, twelve.tokenizer).with_stats(other)
-    assert changed.targets.values.tobytes() == twelve.targets.values.tobytes()
-    assert difference(changed.model, twelve.model, twelve.base) > 1e-3
+        Ledger.load(path, eight.base, eight.tokenizer, other)
+    changed = Ledger.load(path, eight.base, eight.tokenizer).with_stats(other)
+    assert changed.targets.values.tobytes() == eight.targets.values.tobytes()
+    assert difference(changed.model, eight.model, eight.base) > 1e-3
     changed.save(path)
-    again = Ledger.load(path, twelve.base, twelve.tokenizer, other)
+    again = Ledger.load(path, eight.base, eight.tokenizer, other)
     assert same_bits(again.model, changed.model)
-    with pytest.raises(StatisticsError, match="layer 3"):
-        twelve.with_stats(je.SecondMoments.from_arrays({1: stats[1].matrix}, 10))
+    with pytest.raises(StatisticsError, match="no second moments of layer 2"):
+        eight.with_stats(je.SecondMoments.from_arrays({1: stats[1].matrix}, 10))
 
 
 def test_statistics_with_provenance_are_told_by_it(tiny, stats):
@@ -327,10 +341,10 @@ def test_statistics_with_provenance_are_told_by_it(tiny, stats):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a ledger", b"\x08\0\0\0\0\0\0\0{}      "])
-def test_other_files_are_refused_and_left_alone(twelve, content, tmp_path):
+def test_other_files_are_refused_and_left_alone(eight, content, tmp_path):
     path = tmp_path / "precious.txt"
     path.write_bytes(content)
-    for fails in (lambda: twelve.save(path), lambda: read_record(path)):
+    for fails in (lambda: eight.save(path), lambda: read_record(path)):
         with pytest.raises(JaxEditError, match="not a complete jaxedit ledger"):
             fails()
     assert path.read_bytes() == content
@@ -338,14 +352,14 @@ def test_other_files_are_refused_and_left_alone(twelve, content, tmp_path):
         read_record(tmp_path / "nothing")
 
 
-def test_a_shortened_file_is_refused(twelve, tmp_path):
-    path = twelve.save(tmp_path / "x.ledger")
+def test_a_shortened_file_is_refused(eight, tmp_path):
+    path = eight.save(tmp_path / "x.ledger")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(JaxEditError, match="not a complete jaxedit ledger"):
         read_record(path)
 
 
-def test_a_newer_format_is_named(twelve, tmp_path):
+def test_a_newer_format_is_named(eight, tmp_path):
     from safetensors.numpy import save_file
 
     save_file({}, tmp_path / "x", metadata={"jaxedit": json.dumps({"format": "jaxedit-ledger-9"})})
@@ -421,13 +435,13 @@ write_record(record, path)
 
 
 @pytest.mark.parametrize("point", ["while writing", "before flushing", "before replacing", "after replacing"])
-def test_killed_while_saving(twelve, stats, tmp_path, point):
-    path = twelve.save(tmp_path / "x.ledger")
+def test_killed_while_saving(eight, stats, tmp_path, point):
+    path = eight.save(tmp_path / "x.ledger")
     process = child(KILLED_WHILE_SAVING, path, point)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    whole = twelve.withdraw([3, 5]) if point == "after replacing" else twelve
-    found = Ledger.load(path, twelve.base, twelve.tokenizer, stats)
+    whole = eight.withdraw([3, 5]) if point == "after replacing" else eight
+    found = Ledger.load(path, eight.base, eight.tokenizer, stats)
     assert state(found.record)[:-1] == state(whole.record)[:-1]
     found.withdraw([0]).save(path)  # the lock went with the process, and what it left behind goes now
     assert {f.name for f in tmp_path.iterdir()} <= {"x.ledger", "x.ledger.lock"}
@@ -441,14 +455,14 @@ record = read_record(sys.argv[1])
 numbers = list(record.requests)
 print("ready", flush=True)
 while True:
-    for id in numbers[:8]:
+    for id in numbers:
         record = record.with_replaced(id, record.requests[id], {k: v[:1] + 1 for k, v in record.arrays.items()})
         write_record(record, sys.argv[1])
 """
 
 
-def test_killed_at_any_time_while_saving(twelve, tmp_path):
-    path = twelve.save(tmp_path / "x.ledger")
+def test_killed_at_any_time_while_saving(eight, tmp_path):
+    path = eight.save(tmp_path / "x.ledger")
     rng = random.Random(1)
     for _ in range(5):
         process = child(SAVES_FOR_EVER, path)
@@ -457,9 +471,9 @@ def test_killed_at_any_time_while_saving(twelve, tmp_path):
         process.kill()
         process.communicate(timeout=60)
         found = read_record(path)
-        assert dict(found.requests) == dict(twelve.record.requests)
+        assert dict(found.requests) == dict(eight.record.requests)
         assert {name: x.shape for name, x in found.arrays.items()} == {
-            name: x.shape for name, x in twelve.record.arrays.items()
+            name: x.shape for name, x in eight.record.arrays.items()
         }
 
 
@@ -472,32 +486,32 @@ with locked(sys.argv[1]):
 """
 
 
-def test_a_second_process_is_told(twelve, tmp_path):
-    path = twelve.save(tmp_path / "x.ledger")
+def test_a_second_process_is_told(eight, tmp_path):
+    path = eight.save(tmp_path / "x.ledger")
     before = path.read_bytes()
     process = child(HOLDS, path)
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        for fails in (lambda: twelve.withdraw([0]).save(path), lambda: locked(path).__enter__()):
+        for fails in (lambda: eight.withdraw([0]).save(path), lambda: locked(path).__enter__()):
             with pytest.raises(JaxEditError, match="x.ledger is being changed by another process"):
                 fails()
-        assert path.read_bytes() == before and len(read_record(path).requests) == 12  # reading is always possible
+        assert path.read_bytes() == before and len(read_record(path).requests) == 8  # reading is always possible
     finally:
         process.kill()
         process.communicate(timeout=60)
     with Ledger.locked(path), locked(path):
-        twelve.withdraw([0]).save(path)
-    assert len(read_record(path).requests) == 11
+        eight.withdraw([0]).save(path)
+    assert len(read_record(path).requests) == 7
 
 
-def test_changes_made_meanwhile_are_not_lost(twelve, tmp_path):
-    path = twelve.save(tmp_path / "x.ledger")
-    first, second = (Ledger.load(path, twelve.base, twelve.tokenizer) for _ in range(2))
+def test_changes_made_meanwhile_are_not_lost(eight, tmp_path):
+    path = eight.save(tmp_path / "x.ledger")
+    first, second = (Ledger.load(path, eight.base, eight.tokenizer) for _ in range(2))
     first = first.withdraw([0]).withdraw([1])
     first.save(path)
     with pytest.raises(JaxEditError, match="was changed since this one was read from it; nothing was written"):
         second.withdraw([2]).save(path)
     assert state(read_record(path)) == state(first.record)
     first.withdraw([2]).save(path)  # whoever wrote the file last may go on
-    assert len(read_record(path).requests) == 9
+    assert len(read_record(path).requests) == 5
     write_record(second.record, tmp_path / "elsewhere.ledger")
