@@ -100,7 +100,14 @@ class Ledger:
                 f"the ledger {path} is solved with other second moments ({_named(record.statistics)}); give those, or "
                 "leave stats out and change them with `with_stats`"
             )
-        return cls(base, tokenizer, method, record, stats)
+        read = cls(base, tokenizer, method, record, stats)
+        try:
+            _ = read.targets if record.requests else None
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, JaxEditError):
+                raise
+            raise JaxEditError(f"{path} holds targets of another version of jaxedit ({error})") from None
+        return read
 
     def save(self, path) -> Path:
         """Create or replace the file; it appears whole or not at all, whenever the process ends.

@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given, settings
 
 import jaxedit as je
-import jaxedit.layer_loop
 from jaxedit.config import AnchorConfig, BackwardSpread, ForwardReplay, Method, PerLayer, Ridge
 from jaxedit.edit import describe
 from jaxedit.errors import JaxEditError, RequestError, StatisticsError
@@ -28,7 +27,6 @@ from jaxedit.ledger_files import LedgerRecord, locked, method_from_plain, read_r
 from jaxedit.models.checkpoint import SafetensorsCheckpoint
 from jaxedit.models.conversion import flatten
 from jaxedit.models.hub import read_decoder
-from jaxedit.targets import strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (1, 2, 3)
@@ -122,7 +120,7 @@ def test_fifty_of_two_hundred_withdrawn_equals_editing_with_the_others(goldens, 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_withdrawing_equals_editing_without(goldens, stats, name, monkeypatch):
+def test_withdrawing_equals_editing_without(goldens, stats, name):
     method, requests = METHODS[name], FACTS
     with jax.enable_x64(True):
         base, tokenizer = je.load(goldens / "tiny-llama", dtype="float64")
@@ -130,17 +128,12 @@ def test_withdrawing_equals_editing_without(goldens, stats, name, monkeypatch):
         ledger = Ledger.create(base, tokenizer, method, stats=stats, templates=TEMPLATES)
         ledger = ledger.add(requests[:4]).add(requests[4:])
 
-        layers, find = [], jaxedit.layer_loop.find_anchors_resumable
-
-        def noted(params, config, edits, layer, *rest, **named):
-            layers.append(layer)
-            return find(params, config, edits, layer, *rest, **named)
-
-        monkeypatch.setattr(strategies, "find_anchors_resumable", None)  # any use of it fails
-        monkeypatch.setattr(jaxedit.layer_loop, "find_anchors_resumable", noted)
-        rest = ledger.withdraw([0, 2]).withdraw([4, 6])
-        assert difference(rest.model, scratch.model, base) <= 1e-6
-        assert layers == ([3] if name == "blue" else [])  # BLUE's second layer alone depends on the other edits
+        rest, stages = ledger.withdraw([0, 2]).withdraw([4, 6]), []
+        solved = rest.solve(on_progress=lambda stage, done, total: stages.append(stage))
+        assert difference(solved.model, scratch.model, base) <= 1e-6
+        assert difference(solved.model, ledger.model, base) >= 1e-2
+        # BLUE's anchors above the first layer alone depend on the other edits
+        assert stages.count("anchors") == (1 if name == "blue" else 0)
         assert rest.targets is not None
         for l in rest.targets.layers:
             np.testing.assert_allclose(rest.targets.at(l), scratch.targets.at(l), rtol=1e-9, atol=1e-12)
@@ -365,6 +358,17 @@ def test_a_newer_format_is_named(eight, tmp_path):
     save_file({}, tmp_path / "x", metadata={"jaxedit": json.dumps({"format": "jaxedit-ledger-9"})})
     with pytest.raises(JaxEditError, match="'jaxedit-ledger-9'; this version reads 'jaxedit-ledger-1'"):
         read_record(tmp_path / "x")
+
+
+def test_targets_of_another_version_are_named(eight, many, tmp_path):
+    arrays = dict(eight.record.arrays)
+    arrays["anchors.1.temperature"] = arrays.pop("anchors.1.padding")
+    record = dataclasses.replace(eight.record, arrays=arrays)
+    path = write_record(record, tmp_path / "x.ledger")
+    with pytest.raises(JaxEditError, match="targets of another version of jaxedit .*temperature"):
+        Ledger.load(path, eight.base, eight.tokenizer)
+    with pytest.raises(JaxEditError, match="other arrays .*anchors.1.padding, anchors.1.temperature"):
+        record.with_edits({"new": many[0]}, eight.record.arrays)
 
 
 @pytest.mark.parametrize("name", je.METHODS)
