@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from jaxedit.export.patch import EditPatch, apply_patch, withdraw_patch
     from jaxedit.groups import EditGroup, apply_groups
     from jaxedit.info import EditInfo, LayerInfo
+    from jaxedit.ledger import Ledger
     from jaxedit.models.hub import load, save
     from jaxedit.models.transformer import Decoder, hidden_states, logits
     from jaxedit.presets import METHODS, method_for
@@ -85,6 +86,7 @@ _MODULES = {
     "export.patch": "EditPatch apply_patch withdraw_patch",
     "groups": "EditGroup apply_groups",
     "info": "EditInfo LayerInfo",
+    "ledger": "Ledger",
     "models.hub": "load save",
     "models.transformer": "Decoder hidden_states logits",
     "presets": "METHODS method_for",
@@ -115,6 +117,7 @@ __all__ = [
     "ForwardReplay",
     "JaxEditError",
     "LayerInfo",
+    "Ledger",
     "LoraInfo",
     "METHODS",
     "MergeReport",

@@ -28,7 +28,7 @@ from jaxedit.ledger_files import LedgerRecord, locked, method_from_plain, read_r
 from jaxedit.models.fingerprint import matrix_hash, whole_fingerprint
 from jaxedit.models.transformer import Decoder
 from jaxedit.presets import resolve
-from jaxedit.solvers.ridge import Factor
+from jaxedit.solvers.prepare import Prepared
 from jaxedit.statistics import SecondMoments
 from jaxedit.targets.anchor import Anchors
 from jaxedit.targets.strategies import Targets, make_targets
@@ -49,7 +49,7 @@ class Ledger:
     method: Method
     record: LedgerRecord
     stats: SecondMoments | None = None
-    factor: Factor | None = None
+    factor: Prepared | None = None
 
     @classmethod
     def create(
@@ -228,7 +228,8 @@ class Ledger:
         edits = validate(self.tokenizer, requests, templates, config.max_positions)
         if not layers:
             return {}
-        method, weights = dataclasses.replace(self.method, layers=layers), template_weights(templates)
+        method = dataclasses.replace(self.method, layers=layers)
+        weights = template_weights(templates, method.key_average)
         report = anchor_progress(on_progress, edits)
         return _to_arrays(make_targets(self.base.params, config, edits, method, weights, report, anchor_cache))
 
@@ -282,7 +283,7 @@ def _named(statistics: Mapping[str, Any] | None) -> str:
 
 def _own_layers(method: Method) -> tuple[int, ...]:
     """The layers whose targets have to be kept, as they are made of the edit alone and not of other targets."""
-    if getattr(method, "at_once", None) is not None:  # anchors are found on the model as edited so far
+    if method.at_once is not None:  # anchors are found on the model as edited so far
         return ()
     match method.targets:
         case PerLayer():

@@ -1,6 +1,7 @@
 """The command line: the only place of jaxedit that prints. Entry point: `main`."""
 
 import jaxedit.cli.commands
+import jaxedit.cli.ledger
 import jaxedit.cli.metrics
 import jaxedit.cli.shipping  # noqa: F401  (importing them adds the subcommands)
 from jaxedit.cli.app import app, main

@@ -1,7 +1,7 @@
 """Content fingerprints of weights, cheap enough to check on every call.
 
-Each array is reduced on its device to two integer sums over its bits, one of them weighted by position; integer sums
-do not depend on order or device, so a sharded copy has the same fingerprint. The sums, names, shapes and dtypes are
+Each array is reduced on its device to two integer sums over its scrambled bits, one of them weighted by position;
+integer sums do not depend on order or device, so a sharded copy has the same fingerprint. The sums, names, shapes and dtypes are
 then hashed. This detects another model; it is no defence against someone who wants two models to collide.
 """
 
@@ -25,6 +25,10 @@ from jaxedit.models.transformer import Params
 def _sums(x):
     bits = lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize])
     bits = bits.astype(jnp.uint32).ravel()
+    # A sum of the bits as they are would not see a matrix that is doubled, or two signs that change
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    bits = bits ^ (bits >> 16)
     place = lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) + jnp.uint32(1)
     return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (place | 1), dtype=jnp.uint32)
 

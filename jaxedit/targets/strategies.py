@@ -123,6 +123,7 @@ def make_targets(
         case ForwardReplay():
             first = anchors[layers[0]]
             values, keys = replay(params, config, edits, layers, first.value - first.init, weights, method.keys, mlp)
+            values = values.astype(first.value.dtype)  # those of a bfloat16 model would round the anchor
             values[0] = first.value
         case BackwardSpread():
             last = anchors[layers[-1]]

@@ -326,3 +326,15 @@ def test_both_verbs_check_requests(tiny, call):
     bad = je.EditRequest("The capital of France is", "Spain", "Rome")
     with pytest.raises(je.RequestError, match="request 0: subject 'Spain'"):
         call(model, tokenizer, [bad], "fe", LAYERS, templates=["{}"])
+
+
+def test_fingerprints_see_what_a_plain_sum_of_bits_would_not(tiny):
+    """A matrix that is doubled, and an even number of signs that change."""
+    model, _ = tiny("tiny-gpt2")
+    marks = {fingerprint(model.params, model.config, 6, edited=True)}
+    down = model.params["blocks"]["down"]
+    signs = jnp.ones(down["w"].shape).at[0, 0, :2].set(-1)
+    for changed in (2 * down["w"], signs * down["w"], down["w"][:, ::-1]):
+        params = {**model.params, "blocks": {**model.params["blocks"], "down": {**down, "w": changed}}}
+        marks.add(fingerprint(params, model.config, 6, edited=True))
+    assert len(marks) == 4

@@ -18,7 +18,16 @@ import pytest
 from hypothesis import given, settings
 
 import jaxedit as je
-from jaxedit.config import AnchorConfig, BackwardSpread, ForwardReplay, Method, PerLayer, Ridge
+from jaxedit.config import (
+    AnchorConfig,
+    BackwardSpread,
+    ForwardReplay,
+    Method,
+    NullSpace,
+    PerLayer,
+    RelativeSparsify,
+    Ridge,
+)
 from jaxedit.edit import describe
 from jaxedit.errors import JaxEditError, RequestError, StatisticsError
 from jaxedit.export.patch import with_matrices
@@ -38,6 +47,14 @@ METHODS = {
     "fe, replayed keys": dataclasses.replace(FE, keys="replayed"),
     "memit": dataclasses.replace(FE, name="memit", targets=BackwardSpread()),
     "blue": dataclasses.replace(FE, name="blue", targets=PerLayer(), layers=(1, 3)),
+    "one at a time": dataclasses.replace(FE, name="rome", targets=BackwardSpread(), layers=(3,), at_once=1),
+    "projected and trimmed": dataclasses.replace(
+        FE,
+        name="rect",
+        targets=BackwardSpread(),
+        solver=NullSpace(threshold=0.3, measure="energy"),
+        regulariser=RelativeSparsify(),
+    ),
 }
 
 
@@ -132,10 +149,10 @@ def test_withdrawing_equals_editing_without(goldens, stats, name):
         solved = rest.solve(on_progress=lambda stage, done, total: stages.append(stage))
         assert difference(solved.model, scratch.model, base) <= 1e-6
         assert difference(solved.model, ledger.model, base) >= 1e-2
-        # BLUE's anchors above the first layer alone depend on the other edits
-        assert stages.count("anchors") == (1 if name == "blue" else 0)
-        assert rest.targets is not None
-        for l in rest.targets.layers:
+        # BLUE's anchors above the first layer depend on the other edits, and where edits are made in turn all anchors
+        assert stages.count("anchors") == {"blue": 1, "one at a time": 4}.get(name, 0)
+        assert (rest.targets is None) == (name == "one at a time")
+        for l in rest.targets.layers if rest.targets else ():
             np.testing.assert_allclose(rest.targets.at(l), scratch.targets.at(l), rtol=1e-9, atol=1e-12)
 
 
