@@ -1,8 +1,8 @@
 """Content fingerprints of weights, cheap enough to check on every call.
 
 Each array is reduced on its device to two integer sums over its scrambled bits, one of them weighted by position;
-integer sums do not depend on order or device, so a sharded copy has the same fingerprint. The sums, names, shapes and dtypes are
-then hashed. This detects another model; it is no defence against someone who wants two models to collide.
+integer sums do not depend on order or device, so a sharded copy has the same fingerprint. The sums, names, shapes and
+dtypes are then hashed. This detects another model; it is no defence against someone who wants two models to collide.
 """
 
 from __future__ import annotations
