@@ -289,7 +289,7 @@ def test_known_facts(tmp_path, goldens):
 
 def test_malformed_facts_are_all_named(tmp_path):
     path = tmp_path / "facts.json"
-    bad = [{"prompt": "a b"}, {"attribute": ""}, {"subject": "c"}, {"answer": "x"}]
+    bad = [{"prompt": "a b"}, {"attribute": ""}, {"subject": "Zebra"}, {"answer": "x"}]
     path.write_text(json.dumps([KNOWN, *(KNOWN | x for x in bad), 5, {"prompt": "a"}]))
     with pytest.raises(je.RequestError) as error:
         read_known_facts(path)
@@ -366,14 +366,16 @@ def test_tuning_finds_targets_once_a_learning_rate_and_picks_the_best(tiny, gold
     model, tokenizer = tiny("tiny-gpt2")
     requests = je.read_requests(goldens / "tiny-gpt2" / "facts.json")[:2]
     stats = je.second_moments(model, tokenizer, None, (2, 3), max_tokens=2000, length=64, cache=False)
+    method = je.method_for("fe", model.config, (2, 3))
+    method = dataclasses.replace(method, anchor=je.AnchorConfig(steps=5))
     calls, find = [], suggest.find_targets
     monkeypatch.setattr(suggest, "find_targets", lambda *a: calls.append(a[3].anchor.lr) or find(*a))
     templates, weights = ["{}", "I know. {}"], (10.0, 15000.0)
     tuning = suggest.tune(
-        model, tokenizer, requests, "fe", (2, 3), lrs=(0.1,), cov_weights=weights, stats=stats, templates=templates
+        model, tokenizer, requests, method, lrs=(0.1,), cov_weights=weights, stats=stats, templates=templates
     )
     assert sorted(calls) == [0.1, 0.5] and len(tuning.settings) == 3
-    assert tuning.default.method == je.method_for("fe", model.config, (2, 3))
+    assert tuning.default.method == method
     assert tuning.best.score == max(s.score for s in tuning.settings) >= tuning.default.score
     edited = je.apply_edits(model, tokenizer, requests, tuning.best.method, stats=stats, templates=templates).model
     assert objective(je.evaluate(model, edited, tokenizer, requests)) == tuning.best.score
