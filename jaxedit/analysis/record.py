@@ -79,7 +79,8 @@ class Trace:
 
     def average(self, kind: str) -> Average:
         """The average indirect effects by layer and role."""
-        roles = [token_roles(*map(int, s), len(t)) for s, t in zip(self.subjects, self.tokens, strict=True)]
+        subjects = self.subjects.tolist()
+        roles = [token_roles(a, b, len(t)) for (a, b), t in zip(subjects, self.tokens, strict=True)]
         grids = [self.grid(kind, i) for i in range(len(self.tokens))]
         mean, error = (np.full((self.n_layer, len(ROLES)), np.nan) for _ in range(2))
         count = np.zeros(len(ROLES), int)
@@ -125,7 +126,7 @@ class Trace:
         arrays |= {f"effects.{kind}": x for kind, x in self.effects.items()}
         held, path = io.BytesIO(), Path(path)
         np.savez_compressed(held, about=np.asarray(json.dumps(about)), **arrays)  # type: ignore[arg-type]
-        write_atomically(path, lambda p: p.write_bytes(held.getvalue()))
+        _write(path, held.getvalue())
         return path
 
     @classmethod
@@ -166,6 +167,18 @@ def token_roles(first: int, last: int, length: int) -> np.ndarray:
     roles[last] = LAST_SUBJECT
     roles[-1] = LAST
     return roles
+
+
+def write_json(path: Path, content: Any):
+    """Write plain data as JSON, whole or not at all."""
+    _write(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _write(path: Path, content: bytes):
+    def write(temporary: Path):
+        temporary.write_bytes(content)
+
+    write_atomically(path, write)
 
 
 def finite(value: Any) -> Any:

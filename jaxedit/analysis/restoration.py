@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +34,19 @@ from jaxedit.models.transformer import (
     window_of,
 )
 
+Array = Any  # NumPy's on the host, JAX's within a program
+
 
 class Prompts(NamedTuple):
     """Facts as token ids ``[g, s]``, right-padded; per fact ``[g]`` the number of tokens, the first and the last token
     of the subject, the first token of the answer, and the number that its noise depends on."""
 
-    tokens: np.ndarray
-    length: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    answer: np.ndarray
-    number: np.ndarray
+    tokens: Array
+    length: Array
+    first: Array
+    last: Array
+    answer: Array
+    number: Array
 
 
 class Runs(NamedTuple):
@@ -147,14 +149,14 @@ class Plan(NamedTuple):
     lies, and `slots` ``[R, longest]``.
     """
 
-    token_run: np.ndarray
-    place: np.ndarray
-    restored: np.ndarray
-    back: np.ndarray
-    run: np.ndarray
-    start: np.ndarray
-    final: np.ndarray
-    slots: np.ndarray
+    token_run: Array
+    place: Array
+    restored: Array
+    back: Array
+    run: Array
+    start: Array
+    final: Array
+    slots: Array
 
 
 def make_plan(rows: Rows, longest: int, tokens: int, n: int) -> Plan:

@@ -11,8 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from jaxedit.analysis.record import LAST_SUBJECT, ROLES, Trace, finite
-from jaxedit.cache import write_atomically
+from jaxedit.analysis.record import LAST_SUBJECT, ROLES, Trace, finite, write_json
 from jaxedit.config import Method, PerLayer
 from jaxedit.data.templates import sample_templates
 from jaxedit.edit import apply_edits, describe, find_targets
@@ -139,7 +138,7 @@ def tune(
     Raises as `apply_edits`, and JaxEditError where the method's solver has no cov_weight.
     """
     tried = candidates(method, model.config, layers, lrs, cov_weights)
-    every = sorted({l for m in tried for l in m.layers})
+    every = tuple(sorted({l for m in tried for l in m.layers}))
     stats = second_moments(model, tokenizer, None, every) if stats is None else stats
     templates = sample_templates(model, tokenizer, seed) if templates is None else templates
     targets: dict[Method, Targets | None] = {}
@@ -184,10 +183,8 @@ def write_preset(path, model: Decoder, method: Method, validation: Mapping[str, 
     """
     about = _shape(model) | {"fingerprint": whole_fingerprint(model.params, model.config)}
     content = {"format": FORMAT, "model": about, "method": describe(method), "validation": validation}
-    path = Path(path)
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
-    return path
+    write_json(Path(path), content)
+    return Path(path)
 
 
 def read_preset(path, model: Decoder | None = None) -> Method:
@@ -234,7 +231,7 @@ def _built(kind: type, values: Mapping[str, Any], where: str) -> Any:
 def _value(value: Any, hint: Any, where: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if isinstance(value, dict):
-        classes = {x.__name__: x for x in options if dataclasses.is_dataclass(x)}
+        classes = {x.__name__: x for x in options if isinstance(x, type) and dataclasses.is_dataclass(x)}
         kind = value.get("kind", next(iter(classes), None))
         if kind not in classes:
             raise JaxEditError(f"{where}.kind: {kind!r} is not known here; it must be one of {sorted(classes)}")

@@ -16,7 +16,7 @@ changes and every effect is zero), padding, and logits elsewhere than at the pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,10 +28,9 @@ from jaxedit.data.facts import Fact
 from jaxedit.data.tokens import encode, target_ids, token_at
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.generation import continue_rows
+from jaxedit.layer_loop import Progress
 from jaxedit.models.fingerprint import whole_fingerprint
 from jaxedit.models.transformer import Decoder
-
-Progress = Callable[[str, int, int], None]
 
 _RUN_TOKENS = 8192  # of clean and corrupted runs, whose states in all layers are on the device at once
 _CPU_TOKENS, _ACCELERATOR_TOKENS = 1024, 16384  # of restorations run together
@@ -195,7 +194,7 @@ def _effects(model: Decoder, prompts: Prompts, kinds, window: int, sigma: float,
     longest = int((prompts.length - prompts.first).max())
     tokens = max(int(r.size.sum()) for some in rows for r in some)
     most = max(len(r.run) for some in rows for r in some)
-    ends = np.cumsum(prompts.length)
+    ends = np.cumsum(prompts.length).tolist()
     effects = {kind: np.zeros((config.n_layer, ends[-1])) for kind in kinds}
     chances = np.zeros((n, 1 + samples))
     key, steps = jax.random.key(seed), len(members) * config.n_layer * len(kinds)
@@ -204,8 +203,9 @@ def _effects(model: Decoder, prompts: Prompts, kinds, window: int, sigma: float,
         runs = corrupt(params, config, here, key, sigma, samples)
         chances[m] = np.asarray(runs.chance, np.float64)[: len(m)]
         plans = [jax.device_put(make_plan(r, longest, tokens, most)) for r in some]
-        columns = np.concatenate([np.arange(ends[i] - prompts.length[i] + prompts.first[i], ends[i]) for i in m])
-        base = np.repeat(chances[m, 1:].mean(1), prompts.length[m] - prompts.first[m])
+        after = (prompts.length - prompts.first)[m]  # tokens from the subject's first on
+        columns = np.concatenate([np.arange(ends[i] - k, ends[i]) for i, k in zip(m, after.tolist(), strict=True)])
+        base = np.repeat(chances[m, 1:].mean(1), after)
         for k, kind in enumerate(kinds):
             for l in range(config.n_layer):
                 found = _restored(params, config, runs, plans, here.answer, kind, l, window)

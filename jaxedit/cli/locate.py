@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -71,6 +70,7 @@ def locate(
         import jaxedit as je
         from jaxedit.analysis import suggest
         from jaxedit.analysis.plots import plot_trace
+        from jaxedit.analysis.record import write_json
         from jaxedit.analysis.tracing import trace
         from jaxedit.data.facts import facts_from_requests, read_known_facts
 
@@ -82,14 +82,14 @@ def locate(
             found = trace(decoder, tokenizer, known, **options, on_progress=work.reporter())
         found.save(to / "trace.npz")
         layers = suggest.suggest_layers(found, count)
-        _write_json(to / "trace.json", found.to_dict() | {"layers": list(layers)})
+        write_json(to / "trace.json", found.to_dict() | {"layers": list(layers)})
         plot = _plot(plot_trace, found, to / "trace.png", layers)
         chosen, tuning = je.method_for(method, decoder.config, layers), None
         if tune:
             grid = tuple(lr or suggest.LRS), tuple(cov_weight or suggest.COV_WEIGHTS)
             needed = {l for m in suggest.candidates(method, decoder.config, layers, *grid) for l in m.layers}
             stats = je.second_moments(
-                *(decoder, tokenizer, None, sorted(needed)),
+                *(decoder, tokenizer, None, tuple(sorted(needed))),
                 max_tokens=max_tokens,
                 on_progress=work.counter("statistics"),
             )
@@ -132,13 +132,6 @@ def _check_out(to: Path):
     """Refuse a directory of something else, before hours of work and not after."""
     if to.exists() and (not to.is_dir() or {f.name for f in to.iterdir()} - set(FILES)):
         raise JaxEditError(f"{to} exists and holds other files; choose another directory")
-
-
-def _write_json(path: Path, content: dict[str, Any]):
-    from jaxedit.cache import write_atomically
-
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def _plot(plot_trace, found: Trace, path: Path, layers) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import jaxedit as je
 from jaxedit.analysis import suggest, tracing
 from jaxedit.analysis.record import KINDS, LAST, LAST_SUBJECT, ROLES, Trace, token_roles
-from jaxedit.analysis.restoration import Prompts, subject_noise
+from jaxedit.analysis.restoration import Prompts, restore, subject_noise
 from jaxedit.analysis.suggest import candidates, objective, read_preset, suggest_layers, write_preset
 from jaxedit.analysis.tracing import trace
 from jaxedit.data.facts import Fact, facts_from_requests, read_known_facts
@@ -152,10 +152,13 @@ def test_all_that_was_corrupted_restored(tiny):
 
 
 def test_without_noise_there_are_no_effects(tiny, facts_of):
+    """And one compiled program makes the restorations of all kinds and layers."""
     model, tokenizer = tiny("tiny-gptj")
+    restore.clear_cache()
     found = trace(model, tokenizer, facts_of("tiny-gptj"), noise=0, samples=1, max_facts=2)
     np.testing.assert_allclose(found.clean, found.corrupted, atol=1e-6)
     assert all(np.abs(found.effects[kind]).max() < 1e-6 for kind in KINDS)
+    assert restore._cache_size() == 1
 
 
 def test_facts_that_are_not_known(tiny, found):
