@@ -16,8 +16,8 @@ _COLOURS = {"hidden": "Purples", "mlp": "Greens", "attention": "Reds"}
 
 
 def plot_trace(trace: Trace, path, layers: Sequence[int] = ()) -> Path:
-    """Draw a trace: for each kind a heat map (role × layer) of average indirect effects, and below it the same as
-    lines with 95 % intervals (1.96 standard errors).
+    """Draw a trace: for each kind a heat map (role × layer) of average indirect effects, negative ones as zero, and
+    below it the same as lines with 95 % intervals (1.96 standard errors).
 
     path: a .png, .pdf or .svg file, written whole or not at all. layers: a suggestion to mark.
     Raises JaxEditError where matplotlib is not installed.
@@ -41,7 +41,7 @@ def plot_trace(trace: Trace, path, layers: Sequence[int] = ()) -> Path:
             mean[:, shown].T,
             aspect="auto",
             cmap=_COLOURS[kind],
-            vmin=min(0.0, np.nanmin(mean)),
+            vmin=0,
             vmax=max(np.nanmax(mean), 1e-6),
             interpolation="nearest",
         )
@@ -61,7 +61,7 @@ def plot_trace(trace: Trace, path, layers: Sequence[int] = ()) -> Path:
             part.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1, 0].set_ylabel("average indirect effect")
     marked = kinds.index("mlp") if "mlp" in kinds else 0
-    axes[1, marked].legend(fontsize=8)
+    figure.legend(*axes[1, marked].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(
         f"{about['family']}, {about['n_layer']} layers, {len(trace.facts)} facts: probability of the answer "
         f"{trace.clean.mean():.2f} clean, {trace.corrupted.mean():.2f} corrupted "
