@@ -154,9 +154,11 @@ def _known(model: Decoder, tokenizer, facts: Sequence[Fact], most: int | None, o
                 answers.append(ids[0])
             else:
                 unknown.append(fact)
+        enough = len(known) == most
         if on_progress is not None:
-            on_progress("facts", min(at + _LOOKED_AT, len(facts)), len(facts))
-        if len(known) == most:
+            done = len(known) + len(unknown)
+            on_progress("facts", done, done if enough else len(facts))
+        if enough:
             break
     return known, answers, unknown
 
