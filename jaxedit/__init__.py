@@ -13,6 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxedit.analysis.plots import plot_trace
+    from jaxedit.analysis.record import Trace
+    from jaxedit.analysis.suggest import read_preset, suggest_layers, tune, write_preset
+    from jaxedit.analysis.tracing import trace
     from jaxedit.config import (
         AnchorConfig,
         BackwardSpread,
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
         SpectralSparsify,
     )
     from jaxedit.data.counterfact import read_references
+    from jaxedit.data.facts import Fact, facts_from_requests, read_known_facts
     from jaxedit.data.knowedit import read_knowedit
     from jaxedit.data.mquake import read_mquake
     from jaxedit.data.requests import read_requests
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
     from jaxedit.export.merge import MergeReport, merge_patches
     from jaxedit.export.patch import EditPatch, apply_patch, withdraw_patch
     from jaxedit.groups import EditGroup, apply_groups
+    from jaxedit.hparams import HyperParameters, read_hyperparameters
     from jaxedit.info import EditInfo, LayerInfo
     from jaxedit.ledger import Ledger
     from jaxedit.models.hub import load, save
@@ -64,9 +70,14 @@ if TYPE_CHECKING:
 
 # Module to the names that come from it, the same as above.
 _MODULES = {
+    "analysis.plots": "plot_trace",
+    "analysis.record": "Trace",
+    "analysis.suggest": "read_preset suggest_layers tune write_preset",
+    "analysis.tracing": "trace",
     "config": "AnchorConfig BackwardSpread EqualityConstrained ForwardReplay Method NeuronSubset "
     "NullSpace PerLayer RelativeSparsify Ridge SpectralClamp SpectralSparsify",
     "data.counterfact": "read_references",
+    "data.facts": "Fact facts_from_requests read_known_facts",
     "data.knowedit": "read_knowedit",
     "data.mquake": "read_mquake",
     "data.requests": "read_requests",
@@ -85,6 +96,7 @@ _MODULES = {
     "export.merge": "MergeReport merge_patches",
     "export.patch": "EditPatch apply_patch withdraw_patch",
     "groups": "EditGroup apply_groups",
+    "hparams": "HyperParameters read_hyperparameters",
     "info": "EditInfo LayerInfo",
     "ledger": "Ledger",
     "models.hub": "load save",
@@ -114,7 +126,9 @@ __all__ = [
     "EditRequest",
     "EditResult",
     "EqualityConstrained",
+    "Fact",
     "ForwardReplay",
+    "HyperParameters",
     "JaxEditError",
     "LayerInfo",
     "Ledger",
@@ -139,6 +153,7 @@ __all__ = [
     "StreamResult",
     "StreamStep",
     "Targets",
+    "Trace",
     "apply_edits",
     "apply_groups",
     "apply_lora",
@@ -150,6 +165,7 @@ __all__ = [
     "evaluate_multihop",
     "evaluate_zsre",
     "factorise",
+    "facts_from_requests",
     "fit_vectoriser",
     "fluency",
     "generate",
@@ -161,17 +177,25 @@ __all__ = [
     "merge_patches",
     "method_for",
     "perplexity",
+    "plot_trace",
     "prepare",
+    "read_hyperparameters",
     "read_knowedit",
+    "read_known_facts",
     "read_mquake",
+    "read_preset",
     "read_references",
     "read_requests",
     "reference_scores",
     "save",
     "save_lora",
     "second_moments",
+    "suggest_layers",
     "targets",
+    "trace",
+    "tune",
     "withdraw_patch",
+    "write_preset",
 ]
 
 # `targets` is the function, and also a subpackage. Python binds a subpackage to its parent when it is first imported

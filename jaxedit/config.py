@@ -176,18 +176,18 @@ class NeuronSubset:
     """Ridge on the channels in which the keys of the edits are largest, in rounds (NSE).
 
     share: of the sum of all |key| that the chosen channels hold. rounds: how often all layers are edited; before each
-    one the edits whose residual at the last layer is not above `lower` and below `upper` drop out.
+    one the edits whose residual at the last layer is not above `lower` and below `upper` (None: no limit) drop out.
     """
 
     cov_weight: float = 15000.0
     share: float = 0.8
     rounds: int = 2
     lower: float = 0.0
-    upper: float = math.inf
+    upper: float | None = None
 
     def __post_init__(self):
         _check(self, positive=("cov_weight",), not_negative=("lower",), shares=("share",))
-        if self.rounds < 1 or not self.lower < self.upper:
+        if self.rounds < 1 or not (self.upper is None or self.lower < self.upper):
             raise JaxEditError("NeuronSubset needs rounds of at least 1, and lower < upper")
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxedit.layer_loop import Progress, anchor_progress
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import Context, Decoder, Params, embed, run, unembed
 from jaxedit.passes import Clock, Passes
+from jaxedit.plain import describe
 from jaxedit.presets import resolve
 from jaxedit.sharding import mesh_of
 from jaxedit.solvers.prepare import Prepared, prepare, protect_keys
@@ -188,17 +189,6 @@ def find_targets(
     edits = validate(tokenizer, tuple(requests), templates, model.config.max_positions)
     contexts = template_weights(templates, method.key_average)
     return make_targets(model.params, model.config, edits, method, contexts, anchor_progress(on_progress, edits))
-
-
-def describe(method: Method) -> dict[str, Any]:
-    """The method as plain data, for patches and reports."""
-    plain = dataclasses.asdict(method)
-    plain["targets"] = {"kind": type(method.targets).__name__, **plain["targets"]}
-    plain["solver"] = {"kind": type(method.solver).__name__, **plain["solver"]}
-    if method.regulariser is not None:
-        plain["regulariser"] = {"kind": type(method.regulariser).__name__, **plain["regulariser"]}
-    plain["layers"] = list(method.layers)
-    return plain
 
 
 def _check_targets(targets: Targets | None, method: Method, n: int, config: ModelConfig):

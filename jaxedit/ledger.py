@@ -20,13 +20,14 @@ import numpy as np
 from jaxedit.config import BackwardSpread, Method, PerLayer
 from jaxedit.data.templates import sample_templates
 from jaxedit.data.tokens import CLEAN, check_templates, template_weights, validate
-from jaxedit.edit import EditResult, apply_edits, describe
+from jaxedit.edit import EditResult, apply_edits
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.export.patch import EditPatch
 from jaxedit.layer_loop import Progress, anchor_progress
-from jaxedit.ledger_files import LedgerRecord, locked, method_from_plain, read_record, write_record
+from jaxedit.ledger_files import LedgerRecord, locked, read_record, write_record
 from jaxedit.models.fingerprint import matrix_hash, whole_fingerprint
 from jaxedit.models.transformer import Decoder
+from jaxedit.plain import describe, method_from_plain
 from jaxedit.presets import resolve
 from jaxedit.solvers.prepare import Prepared
 from jaxedit.statistics import SecondMoments

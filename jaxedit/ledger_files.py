@@ -13,13 +13,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, what bfloat16 is)
 import numpy as np
 
 from jaxedit.cache import write_atomically
-from jaxedit.config import Method
 from jaxedit.errors import JaxEditError
 from jaxedit.types import EditRequest
 
@@ -250,35 +249,3 @@ def _opened(path) -> Iterator[tuple[Any, str]]:
 
 
 # Methods.
-
-
-def method_from_plain(plain: Mapping[str, Any]) -> Method:
-    """The method that `jaxedit.edit.describe` described.
-
-    Only what the fields of `Method` may hold is made. Raises JaxEditError naming a kind or field that is not known.
-    """
-    return _made(Method, plain, "method")
-
-
-def _made(kind: Any, plain: Mapping[str, Any], where: str) -> Any:
-    hints = get_type_hints(kind)
-    given = {name: value for name, value in plain.items() if name != "kind"}
-    unknown = sorted(given.keys() - {field.name for field in dataclasses.fields(kind)})
-    if unknown:
-        names = ", ".join(unknown)
-        raise JaxEditError(f"{where}: {kind.__name__} has no fields {names}; a newer version of jaxedit may have them")
-    try:
-        return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in given.items()})
-    except TypeError as error:
-        raise JaxEditError(f"{where}: {error}") from None
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(value, Mapping):
-        held = [k for k in (get_args(hint) or (hint,)) if isinstance(k, type)]
-        kinds = {k.__name__: k for k in held if dataclasses.is_dataclass(k)}
-        name = value.get("kind") or (next(iter(kinds)) if len(kinds) == 1 else None)
-        if name not in kinds:
-            raise JaxEditError(f"{where}: unknown kind {name!r}; known here: {', '.join(kinds) or 'none'}")
-        return _made(kinds[name], value, where)
-    return tuple(_value(None, v, where) for v in value) if isinstance(value, list) else value

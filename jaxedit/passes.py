@@ -141,10 +141,11 @@ class Passes:
         mlp = self.method.anchor.site != "block_out"
         now = clean_states(model.params, model.config, edits, (last,), mlp)[0]
         size = np.linalg.norm(targets.at(last) - now, axis=-1)
-        chosen = np.flatnonzero((size > solver.lower) & (size < solver.upper))
+        upper = np.inf if solver.upper is None else solver.upper
+        chosen = np.flatnonzero((size > solver.lower) & (size < upper))
         if number == 0 and not len(chosen):
             raise JaxEditError(
-                f"no edit has a residual between lower={solver.lower:g} and upper={solver.upper:g}: they are "
+                f"no edit has a residual between lower={solver.lower:g} and upper={upper:g}: they are "
                 f"{size.min():.3g} to {size.max():.3g}. The published limits are for one model each; choose others"
             )
         return chosen

@@ -26,6 +26,7 @@ from jaxedit.models.transformer import (
     Params,
     Ragged,
     attention,
+    attention_added,
     embed,
     from_key,
     layer,
@@ -94,6 +95,7 @@ def corrupt(params: Params, config: ModelConfig, prompts: Prompts, key, sigma, s
     def block(h, index):
         p = layer(params, index)
         attended, k, v = attention(p, config, h, context, window_of(config, index))
+        attended = attention_added(p, config, attended)
         out = _mlp(p, config, h, h + attended)
         return h + attended + out, (h, k, v, attended[clean], out[clean])
 
@@ -216,7 +218,7 @@ def restore(
             return jnp.where(here, pick(clean, index)[fact, plan.place][None], own)
 
         attended, _, _ = attention(p, config, h, context, window_of(config, index), past)
-        stream = h + put(attended, runs.attended, attention_until)
+        stream = h + put(attention_added(p, config, attended), runs.attended, attention_until)
         return stream + put(_mlp(p, config, h, stream), runs.out, mlp_until)
 
     h = pick(runs.states, start)[source, plan.place][None]

@@ -6,15 +6,14 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
 from jaxedit.analysis.record import LAST_SUBJECT, ROLES, Trace, finite, write_json
 from jaxedit.config import Method, PerLayer
 from jaxedit.data.templates import sample_templates
-from jaxedit.edit import apply_edits, describe, find_targets
+from jaxedit.edit import apply_edits, find_targets
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.metrics import evaluate
 from jaxedit.evaluation.report import KINDS, Report, harmonic_mean
@@ -22,6 +21,7 @@ from jaxedit.layer_loop import Progress
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.fingerprint import whole_fingerprint
 from jaxedit.models.transformer import Decoder
+from jaxedit.plain import describe, method_from_plain, refuse_unknown
 from jaxedit.presets import preset_name, resolve
 from jaxedit.statistics import SecondMoments, second_moments
 from jaxedit.targets.strategies import Targets
@@ -205,12 +205,12 @@ def read_preset(path, model: Decoder | None = None) -> Method:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise JaxEditError(f"{path} is not a preset: its format is not {FORMAT!r}")
     try:
-        _refuse_unknown("preset", content, {"format", "model", "method", "validation"})
+        refuse_unknown("preset", content, {"format", "model", "method", "validation"})
         if model is not None:
             made_for = {name: content["model"][name] for name in _shape(model)}
             if made_for != _shape(model):
                 raise JaxEditError(f"it was made for a model of shape {made_for}; this one has {_shape(model)}")
-        return _value(content["method"], Method, "method")
+        return method_from_plain(content["method"])
     except (KeyError, TypeError, AttributeError) as error:
         raise JaxEditError(f"{path}: not a complete preset: {type(error).__name__}: {error}") from None
     except JaxEditError as error:
@@ -219,38 +219,3 @@ def read_preset(path, model: Decoder | None = None) -> Method:
 
 def _shape(model: Decoder) -> dict[str, Any]:
     return {name: getattr(model.config, name) for name in ("family", "n_layer", "d_model", "d_ff")}
-
-
-def _built(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """An instance of a dataclass from plain data that fits its annotations."""
-    hints = get_type_hints(kind)
-    _refuse_unknown(where, values, hints)
-    return kind(**{name: _value(value, hints[name], f"{where}.{name}") for name, value in values.items()})
-
-
-def _value(value: Any, hint: Any, where: str) -> Any:
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if isinstance(value, dict):
-        classes = {x.__name__: x for x in options if isinstance(x, type) and dataclasses.is_dataclass(x)}
-        kind = value.get("kind", next(iter(classes), None))
-        if kind not in classes:
-            raise JaxEditError(f"{where}.kind: {kind!r} is not known here; it must be one of {sorted(classes)}")
-        return _built(classes[kind], {name: v for name, v in value.items() if name != "kind"}, where)
-    tuples = [x for x in options if get_origin(x) is tuple]
-    if isinstance(value, list) and tuples:
-        return tuple(_value(v, get_args(tuples[0])[0], f"{where}[{i}]") for i, v in enumerate(value))
-    if not any(_fits(value, option) for option in options):
-        raise JaxEditError(f"{where}: is {value!r}, expected {hint if len(options) > 1 else hint.__name__}")
-    return value
-
-
-def _fits(value: Any, option: Any) -> bool:
-    if get_origin(option) is Literal:
-        return value in get_args(option)
-    return type(value) in ((int, float) if option is float else (option,))
-
-
-def _refuse_unknown(where: str, values: Mapping[str, Any], known):
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise JaxEditError(f"{where}: unknown fields {unknown}; the known ones are {sorted(known)}")

@@ -29,6 +29,7 @@ from jaxedit.cli.inputs import (
     load_patched,
     parse_layers,
     read_facts,
+    read_settings,
 )
 from jaxedit.cli.options import (
     Coordinator,
@@ -77,8 +78,18 @@ def demo(
 def edit(
     model: Model,
     requests: Requests,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; or one with +fe.")] = "fe",
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(METHODS)}; or one with +fe. [default: fe, or what the preset is for]"),
+    ] = None,
     layers: Layers = None,
+    preset: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Settings from `jaxedit locate`, or a hyper-parameter file of EasyEdit, ROME, MEMIT or AlphaEdit.",
+        ),
+    ] = None,
     cov_weight: Annotated[
         float | None, typer.Option(min=0, help="Weight of what is to be left alone; by default the model's preset.")
     ] = None,
@@ -133,7 +144,12 @@ def edit(
         from jaxedit.cache import cache_dir
         from jaxedit.distributed import is_first, meet
 
-        recipe = je.method_for(method, decoder.config, chosen)
+        if preset is None:
+            recipe = je.method_for(method or "fe", decoder.config, chosen)
+        else:
+            recipe = read_settings(preset, method, decoder)
+            recipe = recipe if chosen is None else dataclasses.replace(recipe, layers=chosen)
+        method = recipe.name
         groups = [je.EditGroup(requests=facts)]
         groups += [je.EditGroup(requests=kept, goal="keep")] if kept else []
         groups += [je.EditGroup(requests=forgotten, goal="forget")] if forgotten else []

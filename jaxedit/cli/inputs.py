@@ -11,7 +11,7 @@ from jaxedit.cli.console import Work, load_model
 from jaxedit.errors import JaxEditError
 
 if TYPE_CHECKING:
-    from jaxedit import EditPatch, EditRequest
+    from jaxedit import Decoder, EditPatch, EditRequest, Method
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -77,3 +77,16 @@ def load_patched(work: Work, model: str, path: Path | None, dtype: str | None):
     from jaxedit import apply_patch
 
     return apply_patch(decoder, patch), tokenizer
+
+
+def read_settings(path: Path, method: str | None, model: Decoder) -> Method:
+    """The method in a preset file of `jaxedit locate`, or in a hyper-parameter file of other libraries."""
+    from jaxedit import read_hyperparameters, read_preset
+    from jaxedit.analysis.suggest import FORMAT
+
+    if path.suffix == ".json" and path.is_file() and FORMAT in path.read_text(encoding="utf-8", errors="replace"):
+        found = read_preset(path, model)
+        if method not in (None, found.name):
+            raise JaxEditError(f"{path} is for {found.name!r}; --method {method} does not go with it")
+        return found
+    return read_hyperparameters(path, method).method

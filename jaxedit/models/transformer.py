@@ -143,7 +143,7 @@ def to_key(p: Params, config: ModelConfig, h, context: Context, window=None, pas
 
 
 def attention(p: Params, config: ModelConfig, h, context: Context, window=None, past=None):
-    """What attention adds to the stream ``[b, s, d_model]``, before a norm of its own, and its keys and values."""
+    """What attention makes of ``h [b, s, d_model]``, before a norm of its own, and its keys and values."""
     b, s, _ = h.shape
     x = norm(h, p["attn_norm"], config)
     q = _product(p, x, "q").reshape(b, s, config.n_head, config.head_dim)
@@ -166,15 +166,21 @@ def attention(p: Params, config: ModelConfig, h, context: Context, window=None, 
 
 def after_attention(p: Params, config: ModelConfig, h, attended):
     """``(stream, key)`` of a block that ``h`` enters, given what its attention adds; of any shape ``[…, d_model]``."""
-    if config.post_norms:
-        attended = norm(attended, p["attn_post_norm"], config)
-    stream = h + attended
+    stream = h + attention_added(p, config, attended)
+    return stream, mlp_key(p, config, h, stream)
+
+
+def attention_added(p: Params, config: ModelConfig, attended):
+    """What attention adds to the stream, after a norm of its own where it has one."""
+    return norm(attended, p["attn_post_norm"], config) if config.post_norms else attended
+
+
+def mlp_key(p: Params, config: ModelConfig, h, stream):
+    """The key ``[…, d_ff]`` of a block that `h` entered, and that attention made `stream` of."""
     before = stream if config.parallel == "none" else h
     x = norm(before, p["attn_norm" if config.parallel == "shared" else "mlp_norm"], config)
     key = activation(_product(p, x, "gate" if config.gated else "up"), config.act)
-    if config.gated:
-        key = key * _product(p, x, "up")
-    return stream, key
+    return key * _product(p, x, "up") if config.gated else key
 
 
 def mlp_output(p: Params, key):

@@ -12,7 +12,7 @@ from jaxedit.cli import app
 
 COMMANDS = (
     *("demo", "edit", "eval", "stats", "generate", "export"),
-    *("perplexity", "benchmark", "fluency", "lora", "merge", "ledger"),
+    *("perplexity", "benchmark", "fluency", "lora", "merge", "ledger", "locate"),
 )
 WEAK = ("--layers", "1,2,3", "--cov-weight", 10)  # the usual weight is too much for keys of 192 channels
 PROMPT = "The mother tongue of Danielle Darrieux is"

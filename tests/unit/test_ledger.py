@@ -28,14 +28,14 @@ from jaxedit.config import (
     RelativeSparsify,
     Ridge,
 )
-from jaxedit.edit import describe
 from jaxedit.errors import JaxEditError, RequestError, StatisticsError
 from jaxedit.export.patch import with_matrices
 from jaxedit.ledger import Ledger
-from jaxedit.ledger_files import LedgerRecord, locked, method_from_plain, read_record, write_record
+from jaxedit.ledger_files import LedgerRecord, locked, read_record, write_record
 from jaxedit.models.checkpoint import SafetensorsCheckpoint
 from jaxedit.models.conversion import flatten
 from jaxedit.models.hub import read_decoder
+from jaxedit.plain import describe, method_from_plain
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (1, 2, 3)
