@@ -69,4 +69,7 @@ def refuse_unknown(where: str, values: Mapping[str, Any], known):
     """Raise JaxEditError naming the fields of `values` that are not among the `known` ones."""
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise JaxEditError(f"{where}: unknown fields {unknown}; the known ones are {sorted(known)}")
+        raise JaxEditError(
+            f"{where}: unknown fields {unknown}; the known ones are {sorted(known)}. "
+            "A newer version of jaxedit may have more"
+        )
