@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jaxedit.info import EditInfo, make_info
 from jaxedit.layer_loop import Progress, anchor_progress
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import Context, Decoder, Params, embed, run, unembed
-from jaxedit.passes import Clock, Passes
+from jaxedit.passes import Clock, Grouping, Passes
 from jaxedit.plain import describe
 from jaxedit.presets import resolve
 from jaxedit.sharding import mesh_of
@@ -100,21 +99,6 @@ def apply_edits(
     )
 
 
-class Grouping(NamedTuple):
-    """What `jaxedit.groups` says of n requests: the weight of each ``[n]``, which of them are solved for together, with
-    second moments of their own or None for those of the call, and the goal of each (see `EditTokens`)."""
-
-    weights: np.ndarray
-    parts: tuple[np.ndarray, ...]
-    stats: tuple[SecondMoments | None, ...]
-    goals: tuple[str, ...]
-
-    @classmethod
-    def of(cls, n: int) -> Grouping:
-        """n ordinary edits."""
-        return cls(np.ones(n), (np.arange(n),), (None,), ("say",) * n)
-
-
 def edit_grouped(
     model: Decoder | EditResult,
     tokenizer,
@@ -148,6 +132,8 @@ def edit_grouped(
         edits = validate(tokenizer, requests, templates, config.max_positions)
         edits = [dataclasses.replace(e, goal=goal) for e, goal in zip(edits, grouping.goals, strict=True)]
     _check_targets(targets, method, len(edits), config)
+    if method.at_once is not None and (len(grouping.parts) > 1 or set(grouping.goals) != {"say"}):
+        raise JaxEditError(f"{method.name!r} makes {method.at_once} edit(s) at a time, and groups are solved together")
     with clock("statistics"):
         stats = _statistics(stats, previous, base, tokenizer, method, on_progress)
     with clock("factor"):

@@ -21,10 +21,11 @@ from typing import Literal
 import numpy as np
 
 from jaxedit.config import Method
-from jaxedit.edit import EditResult, Grouping, edit_grouped
+from jaxedit.edit import EditResult, edit_grouped
 from jaxedit.errors import JaxEditError
 from jaxedit.layer_loop import Progress
 from jaxedit.models.transformer import Decoder
+from jaxedit.passes import Grouping
 from jaxedit.solvers.prepare import Prepared
 from jaxedit.statistics import SecondMoments
 from jaxedit.types import EditRequest

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from jaxedit.export.patch import Delta, add, join_deltas, with_matrices
 from jaxedit.layer_loop import LayerLoop, Part, Progress, anchor_progress, edit_keys
 from jaxedit.models.transformer import Decoder
 from jaxedit.solvers.prepare import Prepared, protect_keys
+from jaxedit.statistics import SecondMoments
 from jaxedit.targets.anchor_room import Rooms
 from jaxedit.targets.strategies import Targets, anchors_of, clean_states, join_targets, make_targets
 
@@ -41,6 +43,21 @@ class Clock:
             spent = time.perf_counter() - start
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent - self._inner.pop()
             self._inner[-1] += spent
+
+
+class Grouping(NamedTuple):
+    """What `jaxedit.groups` says of n requests: the weight of each ``[n]``, which of them are solved for together, with
+    second moments of their own or None for those of the call, and the goal of each (see `EditTokens`)."""
+
+    weights: np.ndarray
+    parts: tuple[np.ndarray, ...]
+    stats: tuple[SecondMoments | None, ...]
+    goals: tuple[str, ...]
+
+    @classmethod
+    def of(cls, n: int) -> Grouping:
+        """n ordinary edits."""
+        return cls(np.ones(n), (np.arange(n),), (None,), ("say",) * n)
 
 
 class Passes:
@@ -81,7 +98,9 @@ class Passes:
             return self.base
         return with_matrices(self.base, {l: add(self.originals[l], d) for l, d in self.deltas.items()})
 
-    def run(self, edits: Sequence[EditTokens], grouping, targets: Targets | None, prepared: Prepared, own: list):
+    def run(
+        self, edits: Sequence[EditTokens], grouping: Grouping, targets: Targets | None, prepared: Prepared, own: list
+    ):
         """Make all passes. Returns the targets of all edits, and `prepared` with the keys of earlier passes protected.
 
         own: for each part of the grouping what it is solved with instead, or None.
@@ -96,6 +115,7 @@ class Passes:
             rows = np.asarray(chosen)
             if start and method.protect:
                 prepared = protect_keys(prepared, self.keys)
+                own = [None if mine is None else protect_keys(mine, self.keys) for mine in own]
             some = [edits[i] for i in chosen]
             given = None if targets is None else targets.take(rows)
             parts = [
@@ -120,7 +140,7 @@ class Passes:
             raise JaxEditError("NeuronSubset edits in rounds towards targets that stay; PerLayer has none")
         before = self.keys
         for number in range(method.solver.rounds):
-            chosen = self._far(model, edits, targets, number)
+            chosen = self._far(model, edits, rows, targets, number)
             if not len(chosen):
                 break
             some = [edits[i] for i in chosen]
@@ -134,13 +154,15 @@ class Passes:
         self.keys = _appended(before, made)
         return targets
 
-    def _far(self, model: Decoder, edits, targets: Targets, number: int) -> np.ndarray:
+    def _far(self, model: Decoder, edits, rows: np.ndarray, targets: Targets, number: int) -> np.ndarray:
         """Edits whose residual at the last layer is within the solver's limits."""
         solver, last = self.method.solver, self.method.layers[-1]
         assert isinstance(solver, NeuronSubset)
         mlp = self.method.anchor.site != "block_out"
         now = clean_states(model.params, model.config, edits, (last,), mlp)[0]
         size = np.linalg.norm(targets.at(last) - now, axis=-1)
+        if number == 0:
+            self.remaining[:, rows] = size
         upper = np.inf if solver.upper is None else solver.upper
         chosen = np.flatnonzero((size > solver.lower) & (size < upper))
         if number == 0 and not len(chosen):

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxedit.config import Method
-from jaxedit.edit import EditResult, Grouping, edit_grouped
+from jaxedit.edit import EditResult, edit_grouped
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.perplexity import PerplexityProbe
 from jaxedit.export.patch import Delta, EditPatch, join_deltas, make_patch, with_matrices
 from jaxedit.models.transformer import Decoder
+from jaxedit.passes import Grouping
 from jaxedit.plain import describe
 from jaxedit.statistics import SecondMoments
 from jaxedit.targets.anchor_room import Rooms

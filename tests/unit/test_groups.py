@@ -210,6 +210,10 @@ def test_groups_that_contradict_each_other_are_refused(world):
     groups = [je.EditGroup(requests=requests[:2]), je.EditGroup(requests=requests[:1], goal="forget")]
     with pytest.raises(RequestError, match="repeats request 0"):
         je.apply_groups(model, tokenizer, groups, method(), stats=stats, templates=["{}"])
+    one_by_one = method(BackwardSpread(), at_once=1)
+    with pytest.raises(JaxEditError, match="1 edit.* at a time, and groups are solved together"):
+        keep = [groups[0], je.EditGroup(requests=requests[4:5], goal="keep")]
+        je.apply_groups(model, tokenizer, keep, one_by_one, stats=stats, templates=["{}"])
     with pytest.raises(JaxEditError, match="'joint' or 'sum'"):
         je.apply_groups(model, tokenizer, groups[:1], method(), combine="product")
     with pytest.raises(JaxEditError, match="list of EditGroup"):
