@@ -36,8 +36,10 @@ def _check_choice(of, field: str, choices: tuple):
 class AnchorConfig:
     """How anchors are optimised (see `jaxedit.targets.anchor`).
 
-    steps: loss evaluations, so at most ``steps - 1`` updates. lr: Adam's. clamp: largest ‖δ‖ as a multiple of
-    ‖h‖. threshold: an edit stops when its loss is below it.
+    steps: loss evaluations, so at most ``steps - 1`` updates. lr, betas: Adam's; (0.5, 0.9) took a quarter fewer steps
+    than the published (0.9, 0.999) to smaller δ that disturb less and generalise slightly less (see
+    ``benchmarks/results/step_rules_smollm2.json``). clamp: largest ‖δ‖ as a multiple of ‖h‖. threshold: an edit stops
+    when its loss is below it.
     site: what δ is added to, and what targets are of: "block_out", the layer's output (MEMIT); "mlp_out", its MLP's
         output (ROME); or "attention_and_mlp", a δ of its own for each of the two, of which only the MLP's becomes a
         target (PMET).
@@ -51,6 +53,7 @@ class AnchorConfig:
 
     steps: int = 25
     lr: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.999)
     clamp: float = 0.75
     kl_weight: float = 0.0625
     weight_decay: float = 0.5
@@ -64,6 +67,9 @@ class AnchorConfig:
     def __post_init__(self):
         _check(self, positive=("lr", "clamp", "threshold"), not_negative=("kl_weight", "weight_decay"))
         _check_choice(self, "site", SITES)
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise JaxEditError(f"AnchorConfig.betas must be two numbers from 0 to below 1, got {self.betas}")
         if self.steps < 1 or self.resident_rounds < 1 or self.bucket_growth < 1:
             raise JaxEditError("AnchorConfig.steps, resident_rounds and bucket_growth must be at least 1")
         if self.tokens_per_step is not None and self.tokens_per_step < 1:

@@ -28,6 +28,7 @@ from jaxedit.models.transformer import Decoder
 from jaxedit.passes import Grouping
 from jaxedit.solvers.prepare import Prepared
 from jaxedit.statistics import SecondMoments
+from jaxedit.targets.strategies import Targets
 from jaxedit.types import EditRequest
 
 _GOALS = {"edit": "say", "keep": "keep", "forget": "forget"}
@@ -66,6 +67,7 @@ def apply_groups(
     method: str | Method = "fe",
     layers: Sequence[int] | None = None,
     stats: SecondMoments | None = None,
+    targets: Targets | None = None,
     templates=None,
     *,
     combine: Literal["joint", "sum"] = "joint",
@@ -76,7 +78,8 @@ def apply_groups(
 ) -> EditResult:
     """Write all groups into the model at once. The result's edits are in the order of the groups.
 
-    combine: "joint", or "sum" as published; see the module. factor: for `stats`, so not with pooled ones.
+    combine: "joint", or "sum" as published; see the module. targets: of all requests in that order, in the place of
+    what the goals say. factor: for `stats`, so not with pooled ones.
     Everything else is as in `jaxedit.apply_edits`, and so are the errors raised.
     """
     groups = tuple(groups)
@@ -96,7 +99,7 @@ def apply_groups(
     weights = np.concatenate([np.full(len(g.requests), g.weight, float) for g in groups])
     goals = tuple(_GOALS[g.goal] for g in groups for _ in g.requests)
     return edit_grouped(
-        *(model, tokenizer, requests, method, Grouping(weights, parts, own, goals), layers, stats, None, templates),
+        *(model, tokenizer, requests, method, Grouping(weights, parts, own, goals), layers, stats, targets, templates),
         factor=factor,
         anchor_cache=anchor_cache,
         seed=seed,

@@ -18,7 +18,7 @@ def describe(method: Method) -> dict[str, Any]:
     plain["solver"] = {"kind": type(method.solver).__name__, **plain["solver"]}
     if method.regulariser is not None:
         plain["regulariser"] = {"kind": type(method.regulariser).__name__, **plain["regulariser"]}
-    plain["layers"] = list(method.layers)
+    plain["layers"], plain["anchor"]["betas"] = list(method.layers), list(method.anchor.betas)
     return plain
 
 
@@ -37,10 +37,11 @@ def _built(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """An instance of a dataclass from plain data that fits its annotations."""
     hints = get_type_hints(kind)
     refuse_unknown(where, values, hints)
-    try:
-        return kind(**{name: _value(value, hints[name], f"{where}.{name}") for name, value in values.items()})
-    except TypeError as error:
-        raise JaxEditError(f"{where}: {error}") from None
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise JaxEditError(f"{where}: not complete, there is no {' and no '.join(missing)}")
+    return kind(**{name: _value(value, hints[name], f"{where}.{name}") for name, value in values.items()})
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:

@@ -1,5 +1,6 @@
 """Shared by all tests: compiled programs are kept between runs, and tiny models are loaded once a session."""
 
+import gc
 import os
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+
+MAPPINGS = 20_000  # of the 65,530 that Linux gives a process; each compiled program takes several
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Programs are dropped between modules before there are so many that the next one would crash the process."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @cache

@@ -132,7 +132,7 @@ def _optimise_share(params, plan: Plan, *, config: ModelConfig, layer: int, sett
     fixed = lax.map(lambda some: prepare(params, config, some, layer, settings, sizes), grouped)
     init, limits = (x.reshape(n, -1) for x in (fixed.init, fixed.limits))
     dtype, parts = init.dtype, limits.shape[-1]
-    adam = optax.adam(settings.lr)
+    adam = optax.adam(settings.lr, *settings.betas)
 
     def begin(edit) -> _Lanes:
         delta = jnp.zeros((lanes, parts, config.d_model), dtype)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxedit.models.transformer import Context, Past, embed, hidden_states, logits, run, unembed
-from jaxedit.targets.anchor import KEPT
+from jaxedit.targets.anchor_room import KEPT
 
 TRAINED = ("tiny-llama", "tiny-gpt2", "tiny-gptj")
 RANDOM = ("mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_seq", "gemma2", "phi3", "llama3_rope")

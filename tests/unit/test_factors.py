@@ -360,10 +360,10 @@ def test_continued_edits_absorb_the_last_keys_only(tiny, monkeypatch):
 
     second = edit(edit(model, requests[0]), requests[1])
     absorbed = []
-    protected = je.edit.protect
+    protected = je.edit.protect_keys
     monkeypatch.setattr(
         je.edit,
-        "protect",
+        "protect_keys",
         lambda f, keys: absorbed.append([len(keys[l]) - f[l].protected for l in layers]) or protected(f, keys),
     )
     carried = edit(second, requests[2])

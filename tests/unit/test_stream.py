@@ -21,6 +21,12 @@ def world(tiny, goldens):
     return model, tokenizer, stats, je.read_requests(goldens / "tiny-gpt2" / "facts.json")
 
 
+# Of one length, so that all batches are edited by one program
+NAMES = ("Ann", "Bob", "Eve", "Tom", "Ida", "Max")
+REQUESTS = [je.EditRequest.from_template("{} lives in", name, " Rome") for name in NAMES]
+BATCHES = [REQUESTS[:3], REQUESTS[3:]]
+
+
 def method(targets=None, **fields) -> je.Method:
     anchor = AnchorConfig(steps=6, lr=0.1, clamp=1.0)
     fields = {"solver": je.Ridge(cov_weight=30.0), "anchor": anchor, "layers": LAYERS} | fields
@@ -37,8 +43,8 @@ def matrices(model) -> np.ndarray:
     ids=["fe", "memit", "alphaedit+fe"],
 )
 def test_a_stream_is_batch_after_batch(world, fields):
-    model, tokenizer, stats, requests = world
-    batches = [requests[0:3], requests[3:6]]
+    model, tokenizer, stats, _ = world
+    batches = BATCHES
     common = {"stats": stats, "templates": ["{}"]}
     stream = je.edit_stream(model, tokenizer, iter(batches), method(**fields), **common)
     now = model
@@ -88,11 +94,11 @@ def test_the_guard_measures_and_warns(world):
     model, tokenizer, stats, requests = world
     guard = je.CollapseGuard(texts=TEXTS, every=2, max_ratio=1.0001, max_update=1e-6)
     seen = []
-    with pytest.warns(UserWarning, match=r"batch 0, after 2 edits: .*times the norm of its matrix"):
+    with pytest.warns(UserWarning, match=r"batch 0, after 3 edits: .*times the norm of its matrix"):
         stream = je.edit_stream(
             model,
             tokenizer,
-            [requests[:2], requests[2:4]],
+            BATCHES,
             method(),
             stats=stats,
             templates=["{}"],
@@ -111,17 +117,17 @@ def test_the_guard_measures_and_warns(world):
 def test_the_guard_stops_before_the_batch_that_crosses_a_limit(world):
     model, tokenizer, stats, requests = world
     common = {"stats": stats, "templates": ["{}"]}
-    free = je.edit_stream(model, tokenizer, [requests[:2], requests[2:8]], method(), **common)
+    free = je.edit_stream(model, tokenizer, BATCHES, method(), **common)
     first, second = (max(s.updates.values()) for s in free.steps)
     guard = je.CollapseGuard(texts=TEXTS, max_ratio=1e9, max_update=(first + second) / 2, stop=True)
-    with pytest.warns(UserWarning, match="batch 1, after 8 edits"):
-        stream = je.edit_stream(model, tokenizer, [requests[:2], requests[2:8]], method(), guard=guard, **common)
-    assert stream.stopped and len(stream.steps) == 2 and len(stream.patch.requests) == 2
-    alone = je.apply_edits(model, tokenizer, requests[:2], method(), **common)
+    with pytest.warns(UserWarning, match="batch 1, after 6 edits"):
+        stream = je.edit_stream(model, tokenizer, BATCHES, method(), guard=guard, **common)
+    assert stream.stopped and len(stream.steps) == 2 and len(stream.patch.requests) == 3
+    alone = je.apply_edits(model, tokenizer, BATCHES[0], method(), **common)
     np.testing.assert_array_equal(matrices(stream.model), matrices(alone.model))
     tight = je.CollapseGuard(texts=TEXTS, max_update=first / 2, stop=True)
     with pytest.warns(UserWarning), pytest.raises(JaxEditError, match="nothing was edited: the first batch crossed"):
-        je.edit_stream(model, tokenizer, [requests[:2]], method(), guard=tight, **common)
+        je.edit_stream(model, tokenizer, BATCHES[:1], method(), guard=tight, **common)
     with pytest.raises(JaxEditError, match="there are no batches"):
         je.edit_stream(model, tokenizer, [], method(), **common)
 

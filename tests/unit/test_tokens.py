@@ -201,13 +201,12 @@ rows = st.integers(1, 9).flatmap(
     n=st.integers(1, 5),
     width=st.integers(1, 4),
     until_lookup=st.booleans(),
-    multiple=st.sampled_from([1, 8, 32]),
 )
-def test_pack_keeps_every_row(data, n, width, until_lookup, multiple):
+def test_pack_keeps_every_row(data, n, width, until_lookup):
     edits = [[data.draw(rows) for _ in range(width)] for _ in range(n)]
-    packed = pack(edits, until_lookup, multiple)
+    packed = pack(edits, until_lookup)
     assert packed.tokens.shape == packed.positions.shape == packed.segments.shape
-    assert packed.tokens.shape[1] % multiple == 0
+    assert packed.tokens.shape[1] % 8 == 0
     assert packed.lookup.shape == (n, width)
     longest = 0
     for i, edit in enumerate(edits):
@@ -222,7 +221,7 @@ def test_pack_keeps_every_row(data, n, width, until_lookup, multiple):
             used += len(kept)
         assert not packed.segments[i, used:].any()
         longest = max(longest, used)
-    assert packed.tokens.shape[1] - longest < multiple
+    assert packed.tokens.shape[1] - longest < max(8, longest / 4)
 
 
 @often
@@ -257,7 +256,7 @@ def test_buckets_hold_every_edit_once(sizes, growth, tokens):
         assert sum(a) + b[0] > tokens and a[0] > growth * b[0] + 4
 
 
-@often
+@settings(max_examples=40, deadline=None)
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=6), spare=st.integers(0, 3))
 def test_places_lay_items_end_to_end(counts, spare):
     length, most = sum(counts) + spare, 4
