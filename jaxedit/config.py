@@ -38,7 +38,7 @@ class AnchorConfig:
 
     steps: loss evaluations, so at most ``steps - 1`` updates. lr, betas: Adam's; (0.5, 0.9) took a quarter fewer steps
     than the published (0.9, 0.999) to smaller δ that disturb less and generalise slightly less (see
-    ``benchmarks/results/step_rules_smollm2.json``). clamp: largest ‖δ‖ as a multiple of ‖h‖. threshold: an edit stops
+    ``benchmarks/results/step_rules_32_smollm2.json``). clamp: largest ‖δ‖ as a multiple of ‖h‖. threshold: an edit stops
     when its loss is below it.
     site: what δ is added to, and what targets are of: "block_out", the layer's output (MEMIT); "mlp_out", its MLP's
         output (ROME); or "attention_and_mlp", a δ of its own for each of the two, of which only the MLP's becomes a
