@@ -36,10 +36,10 @@ def _check_choice(of, field: str, choices: tuple):
 class AnchorConfig:
     """How anchors are optimised (see `jaxedit.targets.anchor`).
 
-    steps: loss evaluations, so at most ``steps - 1`` updates. lr, betas: Adam's; (0.5, 0.9) took a quarter fewer steps
-    than the published (0.9, 0.999) to smaller δ that disturb less and generalise slightly less (see
-    ``benchmarks/results/step_rules_32_smollm2.json``). clamp: largest ‖δ‖ as a multiple of ‖h‖. threshold: an edit stops
-    when its loss is below it.
+    steps: loss evaluations, so at most ``steps - 1`` updates. clamp: largest ‖δ‖ as a multiple of ‖h‖. threshold: an
+        edit stops when its loss is below it.
+    lr, betas: Adam's; (0.5, 0.9) took a quarter fewer steps than the published (0.9, 0.999), to smaller δ that disturb
+        less and generalise slightly less (``benchmarks/results/step_rules_32_smollm2.json``).
     site: what δ is added to, and what targets are of: "block_out", the layer's output (MEMIT); "mlp_out", its MLP's
         output (ROME); or "attention_and_mlp", a δ of its own for each of the two, of which only the MLP's becomes a
         target (PMET).

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-from jaxedit.data.requests import load_records, read_record, text_field, text_fields
+from jaxedit.data.requests import load_records, read_each, read_record, text_field, text_fields
 from jaxedit.errors import RequestError
 from jaxedit.types import EditRequest
 
@@ -28,31 +27,22 @@ def read_counterfact(source: Any) -> list[CounterFactRecord]:
     source: the path of a .json or .jsonl file, or a list of records.
     Raises RequestError with the problems of all records, among them those without generation_prompts.
     """
-    name, entries = load_records(source)
-    records, problems = [], []
-    for where, entry in entries:
-        request, found = read_record(entry)
-        if request is not None:
-            try:
-                records.append(_record(request, entry))
-            except (AttributeError, ValueError) as error:
-                found = [f"generation_prompts, relation_id or target_new: {error}"]
-        problems += [f"{name}: {where}: {problem}" for problem in found]
-    if not entries:
-        problems.append(f"{name}: holds no records")
-    if problems:
+    return read_each(source, _record)
+
+
+def _record(entry: Any) -> CounterFactRecord:
+    request, problems = read_record(entry)
+    if request is None:
         raise RequestError(problems)
-    return records
-
-
-def _record(request: EditRequest, entry: Mapping) -> CounterFactRecord:
-    rewrite = entry.get("requested_rewrite", entry)
-    prompts = text_fields(entry.get("generation_prompts"))
-    if not prompts:
-        raise ValueError("there are no generation prompts")
-    return CounterFactRecord(
-        request, prompts, text_field(rewrite.get("relation_id")), str(rewrite["target_new"].get("id"))
-    )
+    try:
+        rewrite = entry.get("requested_rewrite", entry)
+        prompts = text_fields(entry.get("generation_prompts"))
+        if not prompts:
+            raise ValueError("there are no generation prompts")
+        relation, target_id = text_field(rewrite.get("relation_id")), str(rewrite["target_new"].get("id"))
+    except (AttributeError, ValueError) as error:
+        raise RequestError([f"generation_prompts, relation_id or target_new: {error}"]) from None
+    return CounterFactRecord(request, prompts, relation, target_id)
 
 
 def read_references(source: Any) -> dict[tuple[str, str], tuple[str, ...]]:

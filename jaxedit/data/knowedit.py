@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxedit.data.requests import kind_of, load_records, read_record
+from jaxedit.data.requests import kind_of, read_each, read_record
 from jaxedit.errors import RequestError
 from jaxedit.types import EditRequest
 
@@ -40,18 +40,7 @@ def read_knowedit(source: Any) -> list[KnowEditRecord]:
 
     Raises RequestError with the problems of all records.
     """
-    name, entries = load_records(source)
-    records, problems = [], []
-    for where, entry in entries:
-        try:
-            records.append(_record(entry))
-        except RequestError as error:
-            problems += [f"{name}: {where}: {problem}" for problem in error.problems]
-    if not entries:
-        problems.append(f"{name}: holds no records")
-    if problems:
-        raise RequestError(problems)
-    return records
+    return read_each(source, _record)
 
 
 def _record(entry: Any) -> KnowEditRecord:

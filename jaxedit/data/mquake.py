@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxedit.data.requests import load_records, read_record, text_field, text_fields
+from jaxedit.data.requests import read_each, read_record, text_field, text_fields
 from jaxedit.errors import RequestError
 from jaxedit.types import EditRequest
 
@@ -47,19 +47,7 @@ def read_mquake(source: Any) -> list[MQuakeRecord]:
 
     Raises RequestError with the problems of all records.
     """
-    name, entries = load_records(source)
-    records, problems = [], []
-    for where, entry in entries:
-        try:
-            records.append(_record(entry))
-        except ValueError as error:
-            found = error.problems if isinstance(error, RequestError) else [str(error)]
-            problems += [f"{name}: {where}: {problem}" for problem in found]
-    if not entries:
-        problems.append(f"{name}: holds no records")
-    if problems:
-        raise RequestError(problems)
-    return records
+    return read_each(source, _record)
 
 
 def _record(entry: Any) -> MQuakeRecord:

@@ -10,10 +10,12 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxedit.errors import RequestError
 from jaxedit.types import EditRequest
+
+T = TypeVar("T")
 
 # Where each format keeps the fields of an EditRequest, as "key" or "key|alias", "-" where it has none.
 _FIELDS = "prompt subject target target_true paraphrases neighbourhood neighbourhood_answers id subject_start"
@@ -201,6 +203,26 @@ def _detect(record: Mapping) -> str | None:
             return "template"
     found = ("prompt" in keys, "subject" in keys, bool({"target", "target_new"} & keys))
     return "plain" if sum(found) >= 2 else None
+
+
+def read_each(source: Any, read: Callable[[Any], T]) -> list[T]:
+    """What `read` makes of each record of a file or list; it raises RequestError or ValueError where it cannot.
+
+    Raises RequestError with the problems of all records.
+    """
+    name, entries = load_records(source)
+    records, problems = [], []
+    for where, entry in entries:
+        try:
+            records.append(read(entry))
+        except ValueError as error:
+            found = error.problems if isinstance(error, RequestError) else [str(error)]
+            problems += [f"{name}: {where}: {problem}" for problem in found]
+    if not entries:
+        problems.append(f"{name}: holds no records")
+    if problems:
+        raise RequestError(problems)
+    return records
 
 
 def read_record(record: Any) -> tuple[EditRequest | None, list[str]]:

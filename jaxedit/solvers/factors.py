@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxedit.config import EqualityConstrained, Ridge
 from jaxedit.errors import JaxEditError, StatisticsError
 from jaxedit.memory import USABLE, free_bytes
+from jaxedit.solvers.by_layer import ByLayer
 from jaxedit.solvers.factor_files import factor_file, keep_factor, pays_to_keep, read_factor
 from jaxedit.solvers.triangle import Triangle, backward, cut, forward, panel_shapes, times
 
@@ -39,25 +40,15 @@ class LayerFactor:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Factor:
+class Factor(ByLayer[LayerFactor]):
     """Factors of some layers, made by `factorise` for `solver`; each is solved with on the device where it lies."""
 
     parts: Mapping[int, LayerFactor]
     solver: Ridge | EqualityConstrained
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(self.parts)
-
-    @property
     def condition(self) -> np.ndarray:
         return np.asarray([part.condition for part in self.parts.values()])
-
-    def __getitem__(self, layer: int) -> LayerFactor:
-        try:
-            return self.parts[layer]
-        except KeyError:
-            raise JaxEditError(f"the factor has layers {list(self.layers)}, not layer {layer}") from None
 
 
 def factorise(

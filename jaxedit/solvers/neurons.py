@@ -12,6 +12,7 @@ import numpy as np
 from jaxedit.config import NeuronSubset
 from jaxedit.errors import JaxEditError
 from jaxedit.solvers.blas import quiet_blas
+from jaxedit.solvers.by_layer import ByLayer
 from jaxedit.solvers.ridge import Solution, relative_norm
 
 
@@ -29,21 +30,11 @@ class LayerMoment:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Moments:
+class Moments(ByLayer[LayerMoment]):
     """Second moments of some layers, for `solver`, which cannot factor them before it knows the channels."""
 
     parts: Mapping[int, LayerMoment]
     solver: NeuronSubset
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(self.parts)
-
-    def __getitem__(self, layer: int) -> LayerMoment:
-        try:
-            return self.parts[layer]
-        except KeyError:
-            raise JaxEditError(f"the second moments are of layers {list(self.layers)}, not layer {layer}") from None
 
 
 def gather_moments(solver: NeuronSubset, second_moments, layers: tuple[int, ...]) -> Moments:

@@ -28,6 +28,7 @@ from jaxedit.config import NullSpace
 from jaxedit.data.tokens import round_up
 from jaxedit.errors import JaxEditError, StatisticsError
 from jaxedit.solvers.blas import quiet_blas
+from jaxedit.solvers.by_layer import ByLayer
 from jaxedit.solvers.ridge import Solution, mix_of, padded, relative_norm
 from jaxedit.solvers.spectra import spectrum
 
@@ -55,21 +56,11 @@ class LayerProjection:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Projections:
+class Projections(ByLayer[LayerProjection]):
     """Projections of some layers, made by `project` for `solver`."""
 
     parts: Mapping[int, LayerProjection]
     solver: NullSpace
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(self.parts)
-
-    def __getitem__(self, layer: int) -> LayerProjection:
-        try:
-            return self.parts[layer]
-        except KeyError:
-            raise JaxEditError(f"the projections are of layers {list(self.layers)}, not layer {layer}") from None
 
 
 def project(solver: NullSpace, second_moments, layers: tuple[int, ...], *, cache: bool | None = None) -> Projections:

@@ -1,45 +1,20 @@
 """The command line on a tiny model: what it writes, prints and returns."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
-
-from jaxedit.cli import app
+from helpers_cli import run_command as jaxedit
+from helpers_cli import words
 
 COMMANDS = (
     *("demo", "edit", "eval", "stats", "generate", "export"),
     *("perplexity", "benchmark", "fluency", "lora", "merge", "ledger", "locate"),
 )
+pytestmark = pytest.mark.usefixtures("own_cache")
 WEAK = ("--layers", "1,2,3", "--cov-weight", 10)  # the usual weight is too much for keys of 192 channels
 PROMPT = "The mother tongue of Danielle Darrieux is"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of its own for this module."""
-    before = os.environ.get("JAXEDIT_CACHE")
-    os.environ["JAXEDIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("JAXEDIT_CACHE")
-    if before is not None:
-        os.environ["JAXEDIT_CACHE"] = before
-
-
-def jaxedit(*arguments, code=0):
-    """Run a command in this process; the result's stdout, stderr and exit_code."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def words(text: str) -> str:
-    return " ".join(text.split())
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,8 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
+from helpers_cli import run_command
 
-import jaxedit.cli.metrics  # noqa: F401  (adds the commands)
-from jaxedit.cli import app
 from jaxedit.evaluation.perplexity import perplexity
 
 FACT = {
@@ -19,9 +17,7 @@ FACT = {
 
 
 def jaxedit_json(*arguments):
-    result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return json.loads(run_command(*arguments, "--json").stdout)
 
 
 @pytest.fixture(scope="module")

@@ -9,41 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from helpers_cli import run_command, words
 
 import jaxedit.cli.ledger  # noqa: F401  (adds the subcommands)
-from jaxedit.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("own_cache")
 COMMANDS = ("add", "list", "show", "withdraw", "update", "export")
 
 
 def jaxedit_(*arguments, code=0):
-    """Run a command in this process; the result's stdout, stderr and exit_code."""
-    result = CliRunner().invoke(app, ["ledger", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
+    return run_command("ledger", *arguments, code=code)
 
 
 def document(*arguments):
     return json.loads(jaxedit_(*arguments, "--json").stdout)
-
-
-def words(text: str) -> str:
-    return " ".join(text.split())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of its own for this module."""
-    before = os.environ.get("JAXEDIT_CACHE")
-    os.environ["JAXEDIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("JAXEDIT_CACHE")
-    if before is not None:
-        os.environ["JAXEDIT_CACHE"] = before
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +135,8 @@ def test_export_after_withdrawing_equals_editing_without(ledger, model, facts, o
     out = ("--out", tmp_path / "model", "--patch", tmp_path / "facts.jaxedit")
     done = document("export", ledger, model, "--stats", options[-1], *out)
     assert done["edits"] == 2 and len(done["info"]["layers"]) == 3
-    reference = CliRunner().invoke(
-        app,
-        [*map(str, ("edit", model, facts / "four.json", *options, "--limit", 2)), "--no-eval"]
-        + ["--patch", str(tmp_path / "reference.jaxedit")],
-    )
-    assert reference.exit_code == 0, reference.output
+    without = ("--limit", 2, "--no-eval", "--patch", tmp_path / "reference.jaxedit")
+    run_command("edit", model, facts / "four.json", *options, *without)
     ours, theirs = (je.EditPatch.load(tmp_path / f"{name}.jaxedit") for name in ("facts", "reference"))
     assert [r.prompt for r in ours.requests] == [r.prompt for r in theirs.requests]
     for l in (1, 2, 3):

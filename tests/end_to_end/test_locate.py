@@ -1,37 +1,21 @@
 """`jaxedit locate` on tiny models: what it writes, and that the settings it suggests edit as well as the default."""
 
 import json
-import os
 
 import pytest
-from typer.testing import CliRunner
+from helpers_cli import run_command
 
 import jaxedit as je
 import jaxedit.cli.locate  # noqa: F401  (adds the command)
 from jaxedit.analysis.record import Trace
 from jaxedit.analysis.suggest import read_preset, suggest_layers
-from jaxedit.cli import app
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 SMALL = ("--max-facts", 3, "--samples", 2, "--limit", 3, "--max-tokens", 4000, "--lr", 0.5, "--cov-weight", 10)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of its own for this module."""
-    before = os.environ.get("JAXEDIT_CACHE")
-    os.environ["JAXEDIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("JAXEDIT_CACHE")
-    if before is not None:
-        os.environ["JAXEDIT_CACHE"] = before
-
-
 def locate(*arguments, code=0):
-    result = CliRunner().invoke(app, ["locate", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
+    return run_command("locate", *arguments, code=code)
 
 
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
