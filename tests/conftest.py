@@ -10,6 +10,8 @@ GOLDENS = ROOT / "tests" / "goldens"
 # Must be set before jax is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Most of the time goes into compiling small programs that run once; LLVM need not optimise those.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Test processes run side by side, one a core; BLAS threads that wait for each other make Cholesky ten times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

@@ -19,7 +19,7 @@ def environment(devices: int, **more: str) -> dict[str, str]:
     """What a worker with so many simulated CPU devices is started with."""
     return {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         **more,
