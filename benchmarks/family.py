@@ -10,6 +10,7 @@ edited model, `base` of the unedited one. --set changes a preset, as in ``--set 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -33,7 +34,9 @@ def changed(method: je.Method, settings: list[str]) -> je.Method:
     """The method with ``field=value`` of its solver, its anchors or itself."""
     for setting in settings:
         field, value = setting.split("=")
-        number: Any = float(value) if value.replace(".", "", 1).replace("e-", "", 1).isdigit() else value
+        number: Any = value
+        with contextlib.suppress(ValueError):
+            number = float(value)
         for part in ("solver", "anchor"):
             of = getattr(method, part)
             if field in {f.name for f in dataclasses.fields(of)}:

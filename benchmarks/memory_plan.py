@@ -262,7 +262,9 @@ def layer_loop(at: Planner, sizes: Sizes, edits: int, layers) -> list[Stage]:
         at.stage("up to the first edited layer", loop._enter, at.params, config, tokens, context, first),
         at.stage("keys of a layer", loop._look, band, inner, h, context, lookup, index),
         at.stage("states of a layer", loop._finish, band, inner, h, key, index, resident=at.size(h)),
-        at.stage("on to the last edited layer", loop._to_last, band, inner, h, context, lookup, 1, False, resident=at.size(h)),
+        at.stage(
+            "on to the last edited layer", loop._to_last, band, inner, h, context, lookup, 1, False, resident=at.size(h)
+        ),
     ]
 
 

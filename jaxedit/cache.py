@@ -34,8 +34,24 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def swap_directory(fresh: Path, to: Path) -> None:
-    """Put the finished directory `fresh` in the place of `to`, which may exist; both are in the same folder."""
+def write_directory(to: Path, write: Callable[[Path], None]) -> None:
+    """Create or replace the directory `to` in one step; parents are created.
+
+    write: fills the empty directory that it is given, in the same folder. If it raises, that one is removed, `to` stays
+        as it was, and the error goes on.
+    """
+    to.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
+    try:
+        write(fresh)
+        fresh.chmod(0o755)
+        _swap(fresh, to)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _swap(fresh: Path, to: Path) -> None:
     if not to.exists():
         fresh.rename(to)
         return

@@ -64,6 +64,11 @@ class AnchorConfig:
     bucket_growth: float = 1.25
     resident_rounds: int = 8
 
+    @property
+    def of_mlp(self) -> bool:
+        """Whether targets are of an MLP's output and not of its layer's."""
+        return self.site != "block_out"
+
     def __post_init__(self):
         _check(self, positive=("lr", "clamp", "threshold"), not_negative=("kl_weight", "weight_decay"))
         _check_choice(self, "site", SITES)

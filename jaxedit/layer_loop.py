@@ -139,7 +139,7 @@ class LayerLoop:
         self.scale = None if emphasis is None else np.sqrt(np.asarray(emphasis, np.float64))[:, None]
         layers = method.layers
         self.first, self.last = layers[0], layers[-1]
-        self.mlp = method.anchor.site != "block_out"
+        self.mlp = method.anchor.of_mlp
         self.band_config = dataclasses.replace(
             self.config, n_layer=self.last - self.first + 1, windows=self.config.windows[self.first : self.last + 1]
         )
@@ -153,19 +153,17 @@ class LayerLoop:
         self.last_states: list[np.ndarray] = []
 
     def run(self, targets: Targets | None, on_progress: Progress | None) -> Targets:
-        params, config, layers = self.base.params, self.config, self.method.layers
+        layers = self.method.layers
         replayed = targets.keys if targets is not None and self.method.keys == "replayed" else None
-        clean = Group.enter(params, config, pack([e.contexts[:1] for e in self.edits], True), self.first)
-        others, entered = None, clean.h
-        if self.contexts[1:].any() and replayed is None:
-            others = Group.enter(params, config, pack([e.contexts[1:] for e in self.edits], True), self.first)
+        clean, others = self.enter(replayed is None)
+        entered = clean.h
         if replayed is not None and self.scale is not None:
             replayed = replayed * self.scale
         operators = None if replayed is None else self._operators(replayed)
         anchors = {} if targets is None else dict(targets.anchors)
         known = {} if targets is None else {l: targets.at(l) for l in targets.layers}
         for i, l in enumerate(layers):
-            keys, own, halves = self._keys(clean, others, l)
+            keys, own, halves = self.keys_at(clean, others, l)
             before = [_finish(self.band, self.band_config, s, k, l - self.first) for s, k in halves[0]]
             self._record_last(clean, before, halves[0], l)
             if isinstance(self.method.targets, BackwardSpread):
@@ -187,8 +185,7 @@ class LayerLoop:
             if l == layers[-1]:
                 self._record_last(clean, self._advance([clean], halves, l), halves[0], l)
             else:
-                self._advance([clean, others], halves, l)
-                self._skip_to(clean, others, l + 1, layers[i + 1])
+                self.go_on(clean, others, halves, i)
             if on_progress is not None:
                 on_progress("layers", i + 1, len(layers))
         self._trim(clean, entered)
@@ -212,7 +209,21 @@ class LayerLoop:
         left, right = np.concatenate([s.left for s in found], 1), np.concatenate([s.right for s in found])
         return Solution(left, right, max(s.residual for s in found))
 
-    def _keys(self, clean: Group, others: Group | None, l: int):
+    def enter(self, with_others: bool) -> tuple[Group, Group | None]:
+        """The clean prompts up to the first edited layer, and those in contexts where their keys count."""
+        params, others = self.base.params, None
+        clean = Group.enter(params, self.config, pack([e.contexts[:1] for e in self.edits], True), self.first)
+        if with_others and self.contexts[1:].any():
+            others = Group.enter(params, self.config, pack([e.contexts[1:] for e in self.edits], True), self.first)
+        return clean, others
+
+    def go_on(self, clean: Group, others: Group | None, halves, i: int):
+        """From the halves of the i-th edited layer to what enters the next one."""
+        layers = self.method.layers
+        self._advance([clean, others], halves, layers[i])
+        self._skip_to(clean, others, layers[i] + 1, layers[i + 1])
+
+    def keys_at(self, clean: Group, others: Group | None, l: int):
         """Keys ``[n, d_ff]``, averaged over contexts, those of the clean prompt, and the halves of the block."""
         groups, found, halves = [clean] + ([others] if others else []), [], []
         for group in groups:
@@ -299,16 +310,12 @@ class LayerLoop:
 def edit_keys(model: Decoder, method: Method, edits, contexts) -> dict[int, np.ndarray]:
     """Keys ``{layer: [n, d_ff]}`` of the edits in a model as it is, averaged over contexts with their weights."""
     loop = LayerLoop(model, method, edits, contexts, (), None, None)
-    clean = Group.enter(model.params, model.config, pack([e.contexts[:1] for e in edits], True), loop.first)
-    others = None
-    if contexts[1:].any():
-        others = Group.enter(model.params, model.config, pack([e.contexts[1:] for e in edits], True), loop.first)
+    clean, others = loop.enter(True)
     found = {}
     for i, l in enumerate(method.layers):
-        found[l], _, halves = loop._keys(clean, others, l)
+        found[l], _, halves = loop.keys_at(clean, others, l)
         if l != method.layers[-1]:
-            loop._advance([clean, others], halves, l)
-            loop._skip_to(clean, others, l + 1, method.layers[i + 1])
+            loop.go_on(clean, others, halves, i)
     return found
 
 

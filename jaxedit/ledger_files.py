@@ -246,6 +246,3 @@ def _opened(path) -> Iterator[tuple[Any, str]]:
         raise JaxEditError(f"there is no ledger at {path}") from None
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise JaxEditError(f"{path} is not a complete jaxedit ledger: {type(error).__name__}: {error}") from None
-
-
-# Methods.

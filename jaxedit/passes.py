@@ -17,7 +17,7 @@ import numpy as np
 from jaxedit.config import Method, NeuronSubset, PerLayer
 from jaxedit.data.tokens import EditTokens, template_weights
 from jaxedit.errors import JaxEditError
-from jaxedit.export.patch import Delta, add, join_deltas, with_matrices
+from jaxedit.export.patch import Delta, add, sum_deltas, with_matrices
 from jaxedit.layer_loop import LayerLoop, Part, Progress, anchor_progress, edit_keys
 from jaxedit.models.transformer import Decoder
 from jaxedit.solvers.prepare import Prepared, protect_keys
@@ -158,8 +158,7 @@ class Passes:
         """Edits whose residual at the last layer is within the solver's limits."""
         solver, last = self.method.solver, self.method.layers[-1]
         assert isinstance(solver, NeuronSubset)
-        mlp = self.method.anchor.site != "block_out"
-        now = clean_states(model.params, model.config, edits, (last,), mlp)[0]
+        now = clean_states(model.params, model.config, edits, (last,), self.method.anchor.of_mlp)[0]
         size = np.linalg.norm(targets.at(last) - now, axis=-1)
         if number == 0:
             self.remaining[:, rows] = size
@@ -175,10 +174,9 @@ class Passes:
     def _finder(self, model: Decoder, edits, report):
         """Anchors of PerLayer, found on the model as edited so far."""
         kept: dict[int, np.ndarray] = {}
-        mlp = self.method.anchor.site != "block_out"
         if isinstance(self.method.targets, PerLayer) and any(e.goal == "keep" for e in edits):
             layers = self.method.layers
-            states = clean_states(model.params, model.config, edits, layers, mlp)
+            states = clean_states(model.params, model.config, edits, layers, self.method.anchor.of_mlp)
             kept = dict(zip(layers, states, strict=True))
 
         def find(params, layer: int):
@@ -200,7 +198,8 @@ class Passes:
         for l in self.method.layers:
             self.originals.setdefault(l, loop.originals[l])
             before = self.deltas.get(l)
-            self.deltas[l] = loop.deltas[l] if before is None else join_deltas(before, loop.deltas[l])
+            mine = loop.deltas[l]
+            self.deltas[l] = mine if before is None else sum_deltas((before, mine), mine.left.dtype)
             self.residuals[l] = max(self.residuals.get(l, 0.0), loop.solutions[l].residual)
             self.norms.setdefault(l, []).append(np.linalg.norm(loop.keys[l], axis=1))
         self.keys = _appended(self.keys, loop.keys)

@@ -1,8 +1,9 @@
-"""Methods as plain data, for patches, ledgers, preset files and reports, and back again."""
+"""Plain data for JSON: methods, for patches, ledgers, preset files and reports, and back again."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -74,3 +75,12 @@ def refuse_unknown(where: str, values: Mapping[str, Any], known):
             f"{where}: unknown fields {unknown}; the known ones are {sorted(known)}. "
             "A newer version of jaxedit may have more"
         )
+
+
+def finite(value: Any) -> Any:
+    """Plain data with None for numbers that JSON does not know."""
+    if isinstance(value, Mapping):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,7 +18,7 @@ from jaxedit.config import Method
 from jaxedit.edit import EditResult, edit_grouped
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.perplexity import PerplexityProbe
-from jaxedit.export.patch import Delta, EditPatch, join_deltas, make_patch, with_matrices
+from jaxedit.export.patch import Delta, EditPatch, make_patch, sum_deltas, with_matrices
 from jaxedit.models.transformer import Decoder
 from jaxedit.passes import Grouping
 from jaxedit.plain import describe
@@ -123,7 +123,9 @@ def edit_stream(
         arguments = (now, tokenizer, batch, method, Grouping.of(len(batch)), layers, stats, None, templates)
         result = edit_grouped(*arguments, seed=seed, rooms=rooms, **options)
         spent = time.perf_counter() - begun
-        total = {l: join_deltas(deltas[l], d) if l in deltas else d for l, d in result.patch.deltas.items()}
+        total = {
+            l: sum_deltas((deltas[l], d), d.left.dtype) if l in deltas else d for l, d in result.patch.deltas.items()
+        }
         if not originals:
             originals = {l: np.asarray(base.params["blocks"]["down"]["w"][l]) for l in total}
             norms = {l: float(np.linalg.norm(w.astype(np.float64))) for l, w in originals.items()}

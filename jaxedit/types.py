@@ -51,6 +51,11 @@ class EditRequest:
         if start >= 0:
             object.__setattr__(self, "subject_start", start)
 
+    @property
+    def answers_nearby(self) -> tuple[str | None, ...]:
+        """The answer of each neighbourhood prompt; None where it is not known."""
+        return self.neighbourhood_answers or (self.target_true,) * len(self.neighbourhood)
+
     @classmethod
     def from_template(cls, template: str, subject: str, target: str, **fields) -> EditRequest:
         """Fill the one ``{}`` of `template` with `subject`, also where the subject occurs elsewhere in it.

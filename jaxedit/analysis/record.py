@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from jaxedit.cache import write_atomically
 from jaxedit.data.facts import Fact
 from jaxedit.errors import JaxEditError
+from jaxedit.plain import finite
 
 FORMAT = "jaxedit-trace-1"
 Kind = Literal["hidden", "mlp", "attention"]
@@ -179,12 +179,3 @@ def _write(path: Path, content: bytes):
         temporary.write_bytes(content)
 
     write_atomically(path, write)
-
-
-def finite(value: Any) -> Any:
-    """Plain data with None for numbers that JSON does not know."""
-    if isinstance(value, Mapping):
-        return {name: finite(x) for name, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

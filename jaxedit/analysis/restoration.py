@@ -28,9 +28,10 @@ from jaxedit.models.transformer import (
     attention,
     attention_added,
     embed,
-    from_key,
     layer,
+    mlp_added,
     mlp_key,
+    mlp_output,
     unembed,
     window_of,
 )
@@ -107,7 +108,7 @@ def corrupt(params: Params, config: ModelConfig, prompts: Prompts, key, sigma, s
 
 def _mlp(p: Params, config: ModelConfig, h, stream):
     """What the MLP adds."""
-    return from_key(p, config, jnp.zeros_like(stream), mlp_key(p, config, h, stream))
+    return mlp_added(p, config, mlp_output(p, mlp_key(p, config, h, stream)))
 
 
 def _chance(params: Params, config: ModelConfig, h, answers):

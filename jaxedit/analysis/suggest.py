@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxedit.analysis.record import LAST_SUBJECT, ROLES, Trace, finite, write_json
+from jaxedit.analysis.record import LAST_SUBJECT, ROLES, Trace, write_json
 from jaxedit.config import Method, PerLayer
 from jaxedit.data.templates import sample_templates
 from jaxedit.edit import apply_edits, find_targets
@@ -21,7 +21,7 @@ from jaxedit.layer_loop import Progress
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.fingerprint import whole_fingerprint
 from jaxedit.models.transformer import Decoder
-from jaxedit.plain import describe, method_from_plain, refuse_unknown
+from jaxedit.plain import describe, finite, method_from_plain, refuse_unknown
 from jaxedit.presets import preset_name, resolve
 from jaxedit.statistics import SecondMoments, second_moments
 from jaxedit.targets.strategies import Targets

@@ -11,6 +11,7 @@ import typer
 from jaxedit.cli.app import app
 from jaxedit.cli.console import (
     Work,
+    count_edits,
     emit,
     err,
     load_model,
@@ -21,19 +22,22 @@ from jaxedit.cli.console import (
     summary,
 )
 from jaxedit.cli.inputs import (
+    anchor_folder,
     check_out,
     checked_dtype,
-    is_patch,
     load_moments,
-    load_patch,
+    load_pair,
     load_patched,
     parse_layers,
     read_facts,
     read_settings,
+    with_cov_weight,
 )
 from jaxedit.cli.options import (
+    Checkpoint,
     Coordinator,
     Corpus,
+    CovWeight,
     Devices,
     Dtype,
     Json,
@@ -46,6 +50,7 @@ from jaxedit.cli.options import (
     Requests,
     Seed,
     Skip,
+    StatsFile,
     argument,
 )
 from jaxedit.presets import METHODS
@@ -90,23 +95,17 @@ def edit(
             help="Settings from `jaxedit locate`, or a hyper-parameter file of EasyEdit, ROME, MEMIT or AlphaEdit.",
         ),
     ] = None,
-    cov_weight: Annotated[
-        float | None, typer.Option(min=0, help="Weight of what is to be left alone; by default the model's preset.")
-    ] = None,
+    cov_weight: CovWeight = None,
     keep: Annotated[
         Path | None, typer.Option(metavar="FACTS", help="Facts to be left as the model has them, solved for together.")
     ] = None,
     forget: Annotated[
         Path | None, typer.Option(metavar="FACTS", help="Facts whose targets the model is to stop saying.")
     ] = None,
-    stats: Annotated[
-        Path | None, typer.Option(help="From `jaxedit stats`; by default made of the packaged corpus.")
-    ] = None,
+    stats: StatsFile = None,
     to: Annotated[Path | None, typer.Option("--out", help="Save the edited model in this directory.")] = None,
     patch: Annotated[Path | None, typer.Option(help="Save the edits alone in this file.")] = None,
-    checkpoint: Annotated[
-        bool, typer.Option(help="Keep finished anchors in the cache, so that a killed run goes on where it was.")
-    ] = True,
+    checkpoint: Checkpoint = True,
     mesh: MeshSizes = None,
     coordinator: Coordinator = None,
     processes: Processes = None,
@@ -141,7 +140,6 @@ def edit(
     with Work(devices.process_id == 0) as work:
         decoder, tokenizer = load_model(work, model, dtype, placed)
         import jaxedit as je
-        from jaxedit.cache import cache_dir
         from jaxedit.distributed import is_first, meet
 
         if preset is None:
@@ -153,16 +151,13 @@ def edit(
         groups = [je.EditGroup(requests=facts)]
         groups += [je.EditGroup(requests=kept, goal="keep")] if kept else []
         groups += [je.EditGroup(requests=forgotten, goal="forget")] if forgotten else []
-        if cov_weight is not None:
-            if isinstance(recipe.solver, je.NullSpace):
-                raise je.JaxEditError(f"{method} has no weight of second moments: --cov-weight does not go with it")
-            recipe = dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, cov_weight=cov_weight))
+        recipe = with_cov_weight(recipe, cov_weight)
         with work.stage(f"edit with {method}"):
             result = je.apply_groups(
                 *(decoder, tokenizer, groups, recipe),
                 stats=moments,
                 seed=seed,
-                anchor_cache=cache_dir() / "anchors" if checkpoint else None,
+                anchor_cache=anchor_folder(checkpoint),
                 on_progress=work.reporter(),
             )
         if patch is not None and is_first():
@@ -201,7 +196,7 @@ def edit(
 def _show_edit(result: EditResult, report: Report | None):
     info = result.info
     before, after = (100 * float(p.mean()) for p in (info.probability_before, info.probability_after))
-    edits = f"{len(info.probability_after)} edit" + "s" * (len(info.probability_after) != 1)
+    edits = count_edits(len(info.probability_after))
     out.print(f"\n{edits} with {info.method.name}; mean probability of the target {before:.1f} % → {after:.1f} %\n")
     show_layers(info)
     out.print()
@@ -235,15 +230,11 @@ def evaluate(
     """
     devices = Devices.of(mesh, coordinator, processes, process_id)
     facts = read_facts(requests, limit, skip_malformed)
-    patch = load_patch(Path(edited)) if is_patch(edited) else None
-    wanted = checked_dtype(dtype) or (patch.dtype if patch else None)
-    placed = devices.join(wanted)
     with Work(devices.process_id == 0) as work:
-        before, tokenizer = load_model(work, base, wanted, placed)
+        before, after, tokenizer = load_pair(work, base, edited, dtype, devices)
         import jaxedit as je
         from jaxedit.distributed import is_first, meet
 
-        after = je.apply_patch(before, patch) if patch else load_model(work, edited, wanted, placed)[0]
         with work.stage("evaluate"):
             report = je.evaluate(before, after, tokenizer, facts, generate=generate)
         meet("end")

@@ -178,3 +178,7 @@ def size_of(path: Path) -> str:
     """The size of a file or directory in megabytes."""
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     return f"{sum(f.stat().st_size for f in files) / 1e6:,.1f} MB"
+
+
+def count_edits(n: int) -> str:
+    return f"{n} edit" + "s" * (n != 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from jaxedit.errors import JaxEditError
 
 if TYPE_CHECKING:
     from jaxedit import Decoder, EditPatch, EditRequest, Method
+    from jaxedit.cli.options import Devices
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -77,6 +79,35 @@ def load_patched(work: Work, model: str, path: Path | None, dtype: str | None):
     from jaxedit import apply_patch
 
     return apply_patch(decoder, patch), tokenizer
+
+
+def load_pair(work: Work, base: str, edited: str, dtype: str | None, devices: Devices | None = None):
+    """``(base, edited, tokenizer)``; `edited` is a model, or a patch for `base`."""
+    patch = load_patch(Path(edited)) if is_patch(edited) else None
+    wanted = checked_dtype(dtype) or (patch.dtype if patch else None)
+    placed = None if devices is None else devices.join(wanted)
+    before, tokenizer = load_model(work, base, wanted, placed)
+    if patch is None:
+        return before, load_model(work, edited, wanted, placed)[0], tokenizer
+    from jaxedit import apply_patch
+
+    return before, apply_patch(before, patch), tokenizer
+
+
+def anchor_folder(kept: bool) -> Path | None:
+    """Where finished anchors are kept, if they are."""
+    from jaxedit.cache import cache_dir
+
+    return cache_dir() / "anchors" if kept else None
+
+
+def with_cov_weight(method: Method, cov_weight: float | None) -> Method:
+    """The method with another weight of second moments, where one is given and its solver has one."""
+    if cov_weight is None:
+        return method
+    if not hasattr(method.solver, "cov_weight"):
+        raise JaxEditError(f"--cov-weight does not go with {method.name}, which has no such weight")
+    return dataclasses.replace(method, solver=dataclasses.replace(method.solver, cov_weight=cov_weight))
 
 
 def read_settings(path: Path, method: str | None, model: Decoder) -> Method:

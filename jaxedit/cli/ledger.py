@@ -11,9 +11,31 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxedit.cli.app import app
-from jaxedit.cli.console import Work, emit, load_model, out, show_layers, show_seconds, size_of
-from jaxedit.cli.inputs import check_out, checked_dtype, load_moments, parse_layers, read_facts
-from jaxedit.cli.options import Devices, Dtype, Json, Layers, Limit, MeshSizes, Model, Requests, Skip, argument
+from jaxedit.cli.console import Work, count_edits, emit, load_model, out, show_layers, show_seconds, size_of
+from jaxedit.cli.inputs import (
+    anchor_folder,
+    check_out,
+    checked_dtype,
+    load_moments,
+    parse_layers,
+    read_facts,
+    with_cov_weight,
+)
+from jaxedit.cli.options import (
+    Checkpoint,
+    CovWeight,
+    Devices,
+    Dtype,
+    Json,
+    Layers,
+    Limit,
+    MeshSizes,
+    Model,
+    Requests,
+    Skip,
+    StatsFile,
+    argument,
+)
 from jaxedit.errors import JaxEditError
 
 if TYPE_CHECKING:
@@ -24,9 +46,6 @@ app.add_typer(ledger_app, name="ledger")
 
 LedgerFile = Annotated[Path, argument("LEDGER", "The ledger's file, for example facts.ledger.")]
 Id = Annotated[str, argument("ID", "Of the edit, as `jaxedit ledger list` shows it.")]
-Checkpoint = Annotated[
-    bool, typer.Option(help="Keep finished anchors in the cache, so that a killed run goes on where it was.")
-]
 
 
 @ledger_app.callback()
@@ -48,12 +67,8 @@ def add(
     requests: Requests,
     method: Annotated[str | None, typer.Option(help="One of those of `jaxedit edit`. [default: fe]")] = None,
     layers: Layers = None,
-    cov_weight: Annotated[
-        float | None, typer.Option(min=0, help="Weight of what is to be left alone; by default the model's preset.")
-    ] = None,
-    stats: Annotated[
-        Path | None, typer.Option(help="From `jaxedit stats`; by default made of the packaged corpus.")
-    ] = None,
+    cov_weight: CovWeight = None,
+    stats: StatsFile = None,
     seed: Annotated[int | None, typer.Option(help="Of the contexts that are sampled. [default: 0]")] = None,
     checkpoint: Checkpoint = True,
     mesh: MeshSizes = None,
@@ -83,13 +98,7 @@ def add(
             from jaxedit.presets import METHODS, method_for
 
             if record is None:
-                recipe = method_for(method or "fe", decoder.config, chosen)
-                if cov_weight is not None:
-                    if not hasattr(recipe.solver, "cov_weight"):
-                        raise JaxEditError(f"--cov-weight does not go with {recipe.name}, which has no such weight")
-                    recipe = dataclasses.replace(
-                        recipe, solver=dataclasses.replace(recipe.solver, cov_weight=cov_weight)
-                    )
+                recipe = with_cov_weight(method_for(method or "fe", decoder.config, chosen), cov_weight)
                 held = Ledger.create(decoder, tokenizer, recipe, stats=moments, seed=seed or 0)
             else:
                 held = Ledger.load(ledger, decoder, tokenizer, moments)
@@ -99,14 +108,14 @@ def add(
                         record, layers=method_for(name, decoder.config, chosen).layers if name in METHODS else chosen
                     )
             with work.stage("add"):
-                grown = held.add(facts, anchor_cache=_anchors(checkpoint), on_progress=work.reporter())
+                grown = held.add(facts, anchor_cache=anchor_folder(checkpoint), on_progress=work.reporter())
             grown.save(ledger)
     new = list(grown.list())[len(held) :]
     if as_json:
         done = {"created": record is None, "added": new, "edits": len(grown)}
         emit({"ledger": str(ledger), "model": model, **done, "seconds": work.seconds})
         return
-    out.print(f"added {_edits(len(new))} to {ledger}, which holds {len(grown)} now", markup=False, soft_wrap=True)
+    out.print(f"added {count_edits(len(new))} to {ledger}, which holds {len(grown)} now", markup=False, soft_wrap=True)
     show_seconds(work.seconds)
 
 
@@ -133,7 +142,7 @@ def list_(ledger: LedgerFile, as_json: Json = False):
     table = Table("id", "prompt", "target", box=None, pad_edge=False)
     for id, r in record.requests.items():
         table.add_row(*map(Text, (id, r.prompt, r.target)))
-    out.print(f"{_edits(len(record.requests))} with {method} at layers {layers}", markup=False)
+    out.print(f"{count_edits(len(record.requests))} with {method} at layers {layers}", markup=False)
     if record.requests:
         out.print(table)
 
@@ -193,7 +202,7 @@ def withdraw(
     if as_json:
         emit({"ledger": str(ledger), "withdrawn": gone, "edits": len(rest.requests)})
         return
-    out.print(f"withdrew {_edits(len(gone))}; {len(rest.requests)} remain", markup=False)
+    out.print(f"withdrew {count_edits(len(gone))}; {len(rest.requests)} remain", markup=False)
 
 
 @ledger_app.command()
@@ -232,7 +241,7 @@ def update(
 
             with work.stage("update"):
                 held = Ledger.load(ledger, decoder, tokenizer)
-                held = held.update(id, new, anchor_cache=_anchors(checkpoint), on_progress=work.reporter())
+                held = held.update(id, new, anchor_cache=anchor_folder(checkpoint), on_progress=work.reporter())
             held.save(ledger)
     if as_json:
         change = {"updated": id, "request": dataclasses.asdict(held.get(id)), "edits": len(held)}
@@ -278,7 +287,7 @@ def export(
         held, result = Ledger.load(ledger, decoder, tokenizer, moments), None
         if len(held):
             with work.stage("solve"):
-                result = held.solve(anchor_cache=_anchors(checkpoint), on_progress=work.reporter())
+                result = held.solve(anchor_cache=anchor_folder(checkpoint), on_progress=work.reporter())
         if patch is not None and result is not None:
             result.patch.save(patch)
         if to is not None:
@@ -290,7 +299,7 @@ def export(
         held_now = {"ledger": str(ledger), "model": model, "edits": len(held)}
         emit({**held_now, "info": info, "saved": saved, "seconds": work.seconds})
         return
-    out.print(f"{_edits(len(held))} with {held.method.name}\n", markup=False)
+    out.print(f"{count_edits(len(held))} with {held.method.name}\n", markup=False)
     if result is not None:
         show_layers(result.info)
         out.print()
@@ -302,12 +311,6 @@ def export(
 
 def _load(work: Work, model: str, dtype: str | None, mesh: str | None):
     return load_model(work, model, dtype, Devices.of(mesh, None, None, None).join(dtype))
-
-
-def _anchors(kept: bool) -> Path | None:
-    from jaxedit.cache import cache_dir
-
-    return cache_dir() / "anchors" if kept else None
 
 
 def _agree(record: LedgerRecord, **options: Any):
@@ -323,7 +326,3 @@ def _agree(record: LedgerRecord, **options: Any):
     if wrong:
         named = ", ".join(f"--{name.replace('_', '-')} {has[name]}" for name in wrong)
         raise JaxEditError(f"the ledger was created with {named}; leave these options out, or make another ledger")
-
-
-def _edits(n: int) -> str:
-    return f"{n} edit" + "s" * (n != 1)

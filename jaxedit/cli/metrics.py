@@ -10,22 +10,10 @@ import typer
 
 from jaxedit.cli.app import app
 from jaxedit.cli.console import Work, emit, load_model, out, show_seconds
-from jaxedit.cli.inputs import checked_dtype, is_patch, load_patch
+from jaxedit.cli.inputs import checked_dtype, load_pair
 from jaxedit.cli.options import Corpus, Dtype, Json, Limit, Model, Seed, argument
 
 Edited = Annotated[str, argument("EDITED", "The edited model, or a .jaxedit patch for BASE.")]
-
-
-def _load_pair(work: Work, base: str, edited: str, dtype: str | None):
-    """``(base, edited, tokenizer)``."""
-    patch = load_patch(Path(edited)) if is_patch(edited) else None
-    wanted = checked_dtype(dtype) or (patch.dtype if patch else None)
-    before, tokenizer = load_model(work, base, wanted)
-    if patch is None:
-        return before, load_model(work, edited, wanted)[0], tokenizer
-    from jaxedit import apply_patch
-
-    return before, apply_patch(before, patch), tokenizer
 
 
 @app.command()
@@ -55,7 +43,7 @@ def perplexity(
             before, tokenizer = load_model(work, model, checked_dtype(dtype))
             models = {"base": before}
         else:
-            before, after, tokenizer = _load_pair(work, model, edited, dtype)
+            before, after, tokenizer = load_pair(work, model, edited, dtype)
             models = {"base": before, "edited": after}
         from jaxedit.evaluation.perplexity import PerplexityProbe
 
@@ -107,7 +95,7 @@ def benchmark(
     read, measure = _benchmark(kind, question, marker, max_new_tokens)
     found = read(records)[:limit]
     with Work() as work:
-        before, after, tokenizer = _load_pair(work, base, edited, dtype)
+        before, after, tokenizer = load_pair(work, base, edited, dtype)
         with work.stage(kind):
             report = measure(before, after, tokenizer, found)
     if as_json:
@@ -172,7 +160,7 @@ def fluency(
     if references is not None and not any(sought):
         raise typer.BadParameter("has no text for any of the records", param_hint="--references")
     with Work() as work:
-        before, after, tokenizer = _load_pair(work, base, edited, dtype)
+        before, after, tokenizer = load_pair(work, base, edited, dtype)
         from jaxedit.evaluation.consistency import reference_scores
         from jaxedit.evaluation.fluency import fluency as measure
 

@@ -33,6 +33,13 @@ Skip = Annotated[bool, typer.Option("--skip-malformed", help="Leave out malforme
 Seed = Annotated[int, typer.Option(help="Of what is sampled.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; by default the checkpoint's.")]
 
+CovWeight = Annotated[
+    float | None, typer.Option(min=0, help="Weight of what is to be left alone; by default the model's preset.")
+]
+StatsFile = Annotated[Path | None, typer.Option(help="From `jaxedit stats`; by default made of the packaged corpus.")]
+Checkpoint = Annotated[
+    bool, typer.Option(help="Keep finished anchors in the cache, so that a killed run goes on where it was.")
+]
 MeshSizes = Annotated[
     str | None,
     typer.Option(

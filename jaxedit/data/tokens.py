@@ -92,13 +92,18 @@ def token_at(tokenizer, text: str, ids: Sequence[int], offsets, char: int) -> in
     return found[-1]
 
 
+def spaced(target: str) -> str:
+    """The target as it continues a prompt, with a space between the two."""
+    return target if target[:1].isspace() else " " + target
+
+
 def target_ids(tokenizer, prompt: str, target: str) -> list[int]:
     """The tokens that continue `prompt` with `target` (one space between them).
 
     Read off the joined text where it begins with the prompt's tokens, which is right for every tokenizer;
     otherwise the target is tokenised alone.
     """
-    tail = target if target[:1].isspace() else " " + target
+    tail = spaced(target)
     head = encode(tokenizer, prompt)[0]
     joined = encode(tokenizer, prompt + tail)[0]
     if joined[-1:] == [tokenizer.eos_token_id] != head[-1:]:

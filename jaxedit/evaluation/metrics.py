@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxedit.data.tokens import Memo, target_ids
+from jaxedit.data.tokens import Memo, spaced, target_ids
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad
 from jaxedit.evaluation.generation import continue_rows
@@ -106,7 +106,7 @@ class _Found:
 
 
 def _prompts(index: int, request: EditRequest, most: int | None) -> list[_Wanted]:
-    answers = request.neighbourhood_answers or (request.target_true,) * len(request.neighbourhood)
+    answers = request.answers_nearby
     if len(answers) != len(request.neighbourhood):
         counts = f"{len(request.neighbourhood)} neighbourhood prompts, {len(answers)} neighbourhood_answers"
         raise RequestError([f"request {index} (id {request.id}) has {counts}"])
@@ -122,7 +122,7 @@ def _prompts(index: int, request: EditRequest, most: int | None) -> list[_Wanted
 def _tokenise(tokenizer, requests, wanted: Sequence[_Wanted], max_positions: int) -> list[_Item]:
     """The tokens of every prompt and target, or RequestError naming all that cannot be run."""
     pairs = [(w.prompt, t) for w in wanted for t in (w.new, w.true) if t is not None]
-    joined = [p + (t if t[:1].isspace() else " " + t) for p, t in pairs]
+    joined = [p + spaced(t) for p, t in pairs]
     memo = Memo(tokenizer, [p for p, _ in pairs] + joined)
     problems: list[str] = []
     items = []

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxedit.data.tokens import Memo, target_ids
+from jaxedit.data.tokens import Memo, spaced, target_ids
 from jaxedit.errors import RequestError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, chunk, pad
 from jaxedit.evaluation.specificity import check_models
@@ -126,7 +126,7 @@ def _likeliest(params: Params, config: ModelConfig, tokens, mask, at, mesh: Mesh
 
 def _tokenise(tokenizer, pairs: Sequence[tuple[str, str]], most: int) -> list[tuple[Ids, Ids]]:
     """The tokens of every prompt and of the answer that continues it, or RequestError naming all that do not fit."""
-    joined = [p + (a if a[:1].isspace() else " " + a) for p, a in pairs]
+    joined = [p + spaced(a) for p, a in pairs]
     memo = Memo(tokenizer, [p for p, _ in pairs] + joined)
     problems, tokens = [], []
     for prompt, answer in pairs:

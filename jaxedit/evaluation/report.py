@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxedit.evaluation.specificity import Specificity
+from jaxedit.plain import finite
 
 Kind = Literal["efficacy", "paraphrase", "neighbourhood"]
 KINDS: tuple[Kind, ...] = ("efficacy", "paraphrase", "neighbourhood")
@@ -83,7 +84,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; what is not a finite number becomes None."""
-        return _plain(dataclasses.asdict(self))
+        return finite(dataclasses.asdict(self))
 
     def table(self) -> str:
         """The summaries as aligned text: rates in percent, base beside edited, and the number of prompts."""
@@ -150,11 +151,3 @@ def harmonic_mean(values: Sequence[float | None]) -> float | None:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

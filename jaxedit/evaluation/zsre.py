@@ -58,12 +58,8 @@ def evaluate_zsre(
     return made
 
 
-def _answers(request: EditRequest) -> tuple[str | None, ...]:
-    return request.neighbourhood_answers or (request.target_true,) * len(request.neighbourhood)
-
-
 def _problem(request: EditRequest) -> str | None:
-    answers = _answers(request)
+    answers = request.answers_nearby
     if len(answers) == len(request.neighbourhood) and None not in answers:
         return None
     return f"{len(request.neighbourhood)} neighbourhood prompts need an answer each, or target_true"
@@ -73,5 +69,5 @@ def _asked(request: EditRequest) -> list[tuple[str, str, str]]:
     """(metric, prompt, answer) of every prompt."""
     asked = [("efficacy", request.prompt, request.target)]
     asked += [("paraphrase", p, request.target) for p in request.paraphrases]
-    near = zip(request.neighbourhood, _answers(request), strict=True)
+    near = zip(request.neighbourhood, request.answers_nearby, strict=True)
     return asked + [("neighbourhood", p, answer) for p, answer in near if answer is not None]

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.cache import swap_directory
+from jaxedit.cache import write_directory
 from jaxedit.errors import JaxEditError, PatchError
-from jaxedit.export.patch import Delta, EditPatch, add, with_matrices
+from jaxedit.export.patch import Delta, EditPatch, add, product_norm, with_matrices
 from jaxedit.models.conversion import permutation
 from jaxedit.models.families import FAMILIES
 from jaxedit.models.fingerprint import matrix_hash
@@ -206,14 +204,9 @@ def _error(delta: Delta, left: np.ndarray, right: np.ndarray) -> float:
         off, size = np.linalg.norm(left @ right - exact), np.linalg.norm(exact)
     else:
         other = np.asarray(delta.right, np.float64)
-        off = _norm(np.hstack([left, exact]), np.vstack([right, -other]))
-        size = _norm(exact, other)
+        off = product_norm(np.hstack([left, exact]), np.vstack([right, -other]))
+        size = delta.norm()
     return float(off / size) if size else 0.0
-
-
-def _norm(left: np.ndarray, right: np.ndarray) -> float:
-    """``‖left @ right‖``: with ``left = Q T``, that of ``T @ right``."""
-    return float(np.linalg.norm(np.linalg.qr(left, mode="r") @ right))
 
 
 def _write(info: LoraInfo, tensors: Mapping[str, np.ndarray], patch: EditPatch, base_name: str | None, swapped: bool):
@@ -244,17 +237,13 @@ def _write(info: LoraInfo, tensors: Mapping[str, np.ndarray], patch: EditPatch, 
         "base": patch.base,
         "layers": [dataclasses.asdict(l) for l in info.layers],
     }
-    info.path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{info.path.name}-", dir=info.path.parent))
-    try:
+
+    def write(fresh: Path):
         save_file(dict(tensors), fresh / WEIGHTS, metadata={"format": "pt", "jaxedit": json.dumps(about)})
         (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (fresh / "README.md").write_text(_card(info, patch, base_name), encoding="utf-8")
-        fresh.chmod(0o755)
-        swap_directory(fresh, info.path)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+
+    write_directory(info.path, write)
 
 
 def _card(info: LoraInfo, patch: EditPatch, base_name: str | None) -> str:

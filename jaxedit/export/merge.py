@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxedit.errors import PatchError
-from jaxedit.export.patch import Delta, EditPatch, delta_dtype, make_patch
+from jaxedit.export.patch import Delta, EditPatch, delta_dtype, make_patch, sum_deltas
 from jaxedit.models.fingerprint import matrix_hash
 from jaxedit.models.transformer import Decoder
 
@@ -88,7 +88,7 @@ def merge_patches(
     for l in layers:
         here = [i for i, patch in enumerate(patches) if l in patch.deltas]
         parts = [patches[i].deltas[l] for i in here]
-        deltas[l] = _sum(parts, delta_dtype(base))
+        deltas[l] = sum_deltas(parts, delta_dtype(base))
         overlaps.append(_overlap(l, here, parts))
     method = {"name": "merge", "layers": layers, "merged": [dict(patch.method) for patch in patches]}
     requests = [request for patch in patches for request in patch.requests]
@@ -120,17 +120,6 @@ def _order(patches: list[EditPatch], base: dict[int, str], names: tuple[str, ...
             + "\n".join(f"  - {p}" for p in problems)
         )
     return below
-
-
-def _sum(deltas: list[Delta], dtype: np.dtype) -> Delta:
-    """The sum, in `dtype`: factors side by side where all have them, otherwise added in float64."""
-    rights = [d.right for d in deltas if d.right is not None]
-    if len(rights) == len(deltas):
-        return Delta.of(np.hstack([d.left for d in deltas]), np.vstack(rights), dtype)
-    total = np.zeros(next(d.left.shape for d in deltas if d.right is None))
-    for delta in deltas:
-        total += delta.dense()
-    return Delta(total.astype(dtype))
 
 
 def _overlap(layer: int, patches: list[int], deltas: list[Delta]) -> Overlap:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,25 @@ class Delta:
             return np.asarray(jnp.asarray(self.left, jnp.float64) @ jnp.asarray(self.right, jnp.float64))
 
     def norm(self) -> float:
-        """Frobenius norm, in float64, from the small Gram matrices of the factors."""
+        """Frobenius norm, in float64, from the factors."""
         left = np.asarray(self.left, np.float64)
-        if self.right is None:
-            return float(np.linalg.norm(left))
-        right = np.asarray(self.right, np.float64)
-        return float(np.sqrt(max(0.0, np.sum((left.T @ left) * (right @ right.T)))))
+        return float(np.linalg.norm(left)) if self.right is None else product_norm(left, self.right)
 
 
-def join_deltas(a: Delta, b: Delta) -> Delta:
-    """The sum of two updates of one matrix."""
-    if a.right is None or b.right is None:
-        return Delta((a.dense() + b.dense()).astype(a.left.dtype))
-    return Delta.of(np.concatenate([a.left, b.left], 1), np.concatenate([a.right, b.right]), a.left.dtype)
+def product_norm(left: np.ndarray, right: np.ndarray) -> float:
+    """``‖left @ right‖`` (Frobenius): with ``left = Q T``, that of ``T @ right``."""
+    return float(np.linalg.norm(np.linalg.qr(left, mode="r") @ right))
+
+
+def sum_deltas(deltas: Sequence[Delta], dtype) -> Delta:
+    """The sum of updates of one matrix, in `dtype`: factors side by side where all have them, else added in float64."""
+    rights = [d.right for d in deltas if d.right is not None]
+    if len(rights) == len(deltas):
+        return Delta.of(np.hstack([d.left for d in deltas]), np.vstack(rights), dtype)
+    total = np.zeros(next(d.left.shape for d in deltas if d.right is None))
+    for delta in deltas:
+        total += delta.dense()
+    return Delta(total.astype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)

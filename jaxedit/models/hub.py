@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxedit.cache import swap_directory
+from jaxedit.cache import write_directory
 from jaxedit.compilation import keep_programs
 from jaxedit.errors import CheckpointError, JaxEditError
 from jaxedit.models.checkpoint import REFUSE_PICKLE, Checkpoint, SafetensorsCheckpoint
@@ -177,9 +176,8 @@ def save(model: Decoder, tokenizer, to, base=None) -> Path:
     if to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / "config.json").exists())):
         raise JaxEditError(f"{to} exists and is not a saved model; choose another directory")
     source = None if path is None else open_checkpoint(path)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
-    try:
+
+    def write(fresh: Path):
         _write_tensors(model, source, fresh)
         config = json.loads(model.hf_config) if source is None else dict(source.config)
         if source is None or not isinstance(source, SafetensorsCheckpoint):
@@ -193,11 +191,8 @@ def save(model: Decoder, tokenizer, to, base=None) -> Path:
                         shutil.copyfile(side, fresh / side.name)
         if tokenizer is not None and not (fresh / "tokenizer.json").exists():
             tokenizer.save_pretrained(str(fresh))
-        fresh.chmod(0o755)
-        swap_directory(fresh, to)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+
+    write_directory(to, write)
     return to
 
 

@@ -190,9 +190,12 @@ def mlp_output(p: Params, key):
 
 def after_mlp(p: Params, config: ModelConfig, stream, out):
     """The block's output: ``stream + MLP output``."""
-    if config.post_norms:
-        out = norm(out, p["mlp_post_norm"], config)
-    return stream + out
+    return stream + mlp_added(p, config, out)
+
+
+def mlp_added(p: Params, config: ModelConfig, out):
+    """What the MLP's output adds to the stream, after a norm of its own where it has one."""
+    return norm(out, p["mlp_post_norm"], config) if config.post_norms else out
 
 
 def from_key(p: Params, config: ModelConfig, stream, key):

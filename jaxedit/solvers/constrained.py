@@ -32,8 +32,8 @@ def solve_constrained(factor: Factor, layer: int, keys, residuals, clean=None) -
     """
     solver, part = factor.solver, factor[layer]
     assert isinstance(solver, EqualityConstrained)
-    k, r = rows_of(part, layer, keys), np.asarray(residuals, np.float64)
-    meets = k if solver.denominator == "same" or clean is None else rows_of(part, layer, clean)
+    k, r = rows_of(keys, part.triangle.size, layer), np.asarray(residuals, np.float64)
+    meets = k if solver.denominator == "same" or clean is None else rows_of(clean, part.triangle.size, layer)
     with jax.enable_x64(True), quiet_blas(len(k)):
         z = _inverse_times(part, k)
         d = meets @ z + solver.slack * np.eye(len(k))

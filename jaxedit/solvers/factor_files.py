@@ -28,9 +28,14 @@ def pays_to_keep(d_ff: int, device) -> bool:
 def factor_file(matrix: np.ndarray, solver: Ridge | EqualityConstrained, precision: str) -> Path:
     """Where the factor of ``λC + l2·I`` is kept: named after a hash of all that it depends on."""
     about = (FORMAT, matrix.shape, str(matrix.dtype), solver.cov_weight, solver.l2, precision, BLOCK)
+    return file_of("factors", about, matrix)
+
+
+def file_of(folder: str, about: tuple, matrix: np.ndarray) -> Path:
+    """Where something made of `matrix` is kept: named after a hash of it and of all else that it depends on."""
     digest = hashlib.blake2b(repr(about).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(matrix).data)
-    return cache_dir() / "factors" / f"{digest.hexdigest()}.safetensors"
+    return cache_dir() / folder / f"{digest.hexdigest()}.safetensors"
 
 
 def keep_factor(file: Path, triangle: Triangle, condition: float) -> None:

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit.config import NeuronSubset
-from jaxedit.errors import JaxEditError
 from jaxedit.solvers.blas import quiet_blas
 from jaxedit.solvers.by_layer import ByLayer
-from jaxedit.solvers.ridge import Solution, relative_norm
+from jaxedit.solvers.ridge import Solution, relative_norm, rows_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,9 +63,7 @@ def solve_subset(moments: Moments, layer: int, keys, residuals) -> Solution:
     """The update of one layer for keys ``[n, d_ff]`` and residuals ``[n, d_model]``, in float64: rows of other channels
     are 0. The residual is that of the normal equations of the channels chosen."""
     part, solver = moments[layer], moments.solver
-    k, r = np.asarray(keys, np.float64), np.asarray(residuals, np.float64)
-    if k.ndim != 2 or k.shape[1] != len(part.matrix):
-        raise JaxEditError(f"keys of layer {layer} have shape {k.shape}, expected (n, {len(part.matrix)})")
+    k, r = rows_of(keys, len(part.matrix), layer), np.asarray(residuals, np.float64)
     chosen = largest_channels(k, solver.share)
     some, past = k[:, chosen], part.past[:, chosen]
     c = part.matrix[np.ix_(chosen, chosen)].astype(np.float64)

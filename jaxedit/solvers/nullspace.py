@@ -26,10 +26,10 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 
 from jaxedit.config import NullSpace
 from jaxedit.data.tokens import round_up
-from jaxedit.errors import JaxEditError, StatisticsError
+from jaxedit.errors import StatisticsError
 from jaxedit.solvers.blas import quiet_blas
 from jaxedit.solvers.by_layer import ByLayer
-from jaxedit.solvers.ridge import Solution, mix_of, padded, relative_norm
+from jaxedit.solvers.ridge import Solution, mix_of, padded, relative_norm, rows_of
 from jaxedit.solvers.spectra import spectrum
 
 _EXACT = lax.Precision.HIGHEST
@@ -108,7 +108,7 @@ def solve_projected(projections: Projections, layer: int, keys, residuals) -> So
     columns.
     """
     part = projections[layer]
-    k, r = _rows(part, layer, keys), np.asarray(residuals, np.float64)
+    k, r = rows_of(keys, part.basis.shape[0], layer), np.asarray(residuals, np.float64)
     with jax.enable_x64(True), quiet_blas(len(k)):
         made = _solve(part.basis, part.complement, part.past, part.root, padded(k), _fill(r, k), projections.solver.l2)
         left, right = (np.asarray(x) for x in made)
@@ -124,7 +124,8 @@ def protect_projected(projections: Projections, keys: Mapping[int, np.ndarray]) 
     """With all of `keys`, ``{layer: [m, d_ff]}``, protected. Its layers' `protected` first rows are taken to be so."""
     parts = dict(projections.parts)
     for l, part in parts.items():
-        new = _rows(part, l, keys.get(l, np.zeros((0, part.basis.shape[0]))))[part.protected :]
+        d_ff = part.basis.shape[0]
+        new = rows_of(keys.get(l, np.zeros((0, d_ff))), d_ff, l)[part.protected :]
         if len(new):
             with jax.enable_x64(True), quiet_blas(len(new)):
                 parts[l] = _protect(part, new, projections.solver.l2)
@@ -151,13 +152,6 @@ def _with_room(part: LayerProjection, more: int, l2: float) -> LayerProjection:
     past = jnp.pad(past, ((0, room - rows), (0, 0)))
     root = jnp.linalg.cholesky(_dot(past, past.T) + l2 * jnp.eye(room))
     return dataclasses.replace(part, past=past, root=root, rows=rows)
-
-
-def _rows(part: LayerProjection, layer: int, keys) -> np.ndarray:
-    k = np.asarray(keys, np.float64)
-    if k.ndim != 2 or k.shape[1] != part.basis.shape[0]:
-        raise JaxEditError(f"keys of layer {layer} have shape {k.shape}, expected (n, {part.basis.shape[0]})")
-    return k
 
 
 def _fill(r: np.ndarray, k: np.ndarray) -> np.ndarray:

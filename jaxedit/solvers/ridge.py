@@ -50,7 +50,7 @@ def solve(factor: Factor, layer: int, keys, residuals) -> Solution:
     to be refined.
     """
     part = factor[layer]
-    k, r = rows_of(part, layer, keys), np.asarray(residuals, np.float64)
+    k, r = rows_of(keys, part.triangle.size, layer), np.asarray(residuals, np.float64)
     mix = mix_of(r.shape[1])
     if len(k) < part.triangle.size:
         if part.matrix is None:
@@ -72,7 +72,7 @@ def solve_all(factor: Factor, keys, layers: tuple[int, ...] | None = None) -> tu
     on different devices are solved at the same time.
     """
     layers = factor.layers if layers is None else tuple(layers)
-    keys = [rows_of(factor[l], l, k) for l, k in zip(layers, keys, strict=True)]
+    keys = [rows_of(k, factor[l].triangle.size, l) for l, k in zip(layers, keys, strict=True)]
     with quiet_blas(max(map(len, keys))):
         found = [_operator(factor[l], k, mix_of(len(k))) for l, k in zip(layers, keys, strict=True)]
         x = [np.asarray(x)[:, : len(k)] for (x, _), k in zip(found, keys, strict=True)]
@@ -83,7 +83,7 @@ def absorb(factor: Factor, layer: int, keys) -> Factor:
     """The factor that also protects keys ``[n, d_ff]`` of one layer, of A + KᵀK, in O(d_ff² n). `factor` stays as it
     is."""
     part = factor[layer]
-    k = rows_of(part, layer, keys)
+    k = rows_of(keys, part.triangle.size, layer)
     if not len(k):
         return factor
     triangle, dtype = part.triangle, part.triangle.diagonal[0].dtype
@@ -110,10 +110,11 @@ def protect(factor: Factor, keys: Mapping[int, np.ndarray]) -> Factor:
     return factor
 
 
-def rows_of(part: LayerFactor, layer: int, keys) -> np.ndarray:
+def rows_of(keys, d_ff: int, layer: int) -> np.ndarray:
+    """Keys ``[n, d_ff]`` in float64. Raises JaxEditError where they have another shape."""
     k = np.asarray(keys, np.float64)
-    if k.ndim != 2 or k.shape[1] != part.triangle.size:
-        raise JaxEditError(f"keys of layer {layer} have shape {k.shape}, expected (n, {part.triangle.size})")
+    if k.ndim != 2 or k.shape[1] != d_ff:
+        raise JaxEditError(f"keys of layer {layer} have shape {k.shape}, expected (n, {d_ff})")
     return k
 
 

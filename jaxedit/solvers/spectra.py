@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.cache import cache_dir, write_atomically
+from jaxedit.cache import write_atomically
+from jaxedit.solvers.factor_files import file_of
 
 FORMAT = "jaxedit-spectrum-1"
 _WORTH_READING = 1024
@@ -23,7 +24,7 @@ def spectrum(matrix: np.ndarray, cache: bool | None = None) -> tuple[np.ndarray,
     On a GPU they are computed there, elsewhere by LAPACK on the host. cache: see `jaxedit.solvers.nullspace.project`.
     """
     keep = len(matrix) >= _WORTH_READING if cache is None else cache
-    file = _file(matrix) if keep else None
+    file = file_of("spectra", (FORMAT, matrix.shape, str(matrix.dtype)), matrix) if keep else None
     found = None if file is None else _read(file, len(matrix))
     if found is not None:
         return found
@@ -36,12 +37,6 @@ def spectrum(matrix: np.ndarray, cache: bool | None = None) -> tuple[np.ndarray,
     if file is not None:
         _keep(file, values, vectors)
     return values, vectors
-
-
-def _file(matrix: np.ndarray) -> Path:
-    digest = hashlib.blake2b(repr((FORMAT, matrix.shape, str(matrix.dtype))).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(matrix).data)
-    return cache_dir() / "spectra" / f"{digest.hexdigest()}.safetensors"
 
 
 def _keep(file: Path, values: np.ndarray, vectors: np.ndarray) -> None:

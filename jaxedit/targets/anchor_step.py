@@ -59,12 +59,12 @@ def prepare(params: Params, config: ModelConfig, plan: Plan, index: int, setting
     lengths, lookups, starts = (x.reshape(-1) for x in (plan.lengths, plan.lookups, plan.starts))
     context, at = _ragged(starts, lengths, sizes.packed, longest)
     tokens = plan.tokens.reshape(-1, longest)[at.owner, at.index][None]
-    h_in = h = embed(params, config, tokens, context)
+    h_in = embed(params, config, tokens, context)
     attended = None
-    if settings.site == "block_out":
-        h = run(params, config, h, context, 0, index + 1)
+    if not settings.of_mlp:
+        h = run(params, config, h_in, context, 0, index + 1)
     else:
-        h_in = run(params, config, h, context, 0, index)
+        h_in = run(params, config, h_in, context, 0, index)
         h, (attended,) = run(params, config, h_in, context, index, index + 1, probe=lambda inside: inside.attended)
 
     def pick(h, where):

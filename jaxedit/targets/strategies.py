@@ -109,7 +109,7 @@ def make_targets(
 
     anchor_cache: see `jaxedit.targets.resumable`, which also shares the anchors out between processes.
     """
-    layers, mlp = method.layers, method.anchor.site != "block_out"
+    layers, mlp = method.layers, method.anchor.of_mlp
     now = None
     if isinstance(method.targets, BackwardSpread) or any(e.goal == "keep" for e in edits):
         now = clean_states(params, config, edits, layers, mlp)

@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers_metrics import shaken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,17 +16,8 @@ from jaxedit.evaluation.batching import pad
 from jaxedit.evaluation.metrics import evaluate
 from jaxedit.evaluation.report import harmonic_mean
 from jaxedit.evaluation.specificity import divergence, specificity
-from jaxedit.models.transformer import Decoder, logits
+from jaxedit.models.transformer import logits
 from jaxedit.types import EditRequest
-
-
-def shaken(model: Decoder, scale=0.05, seed=0) -> Decoder:
-    """The model with noise on its last MLP matrices."""
-    params = model.params
-    down = params["blocks"]["down"]
-    noise = np.random.default_rng(seed).normal(size=down["w"].shape) * scale
-    blocks = params["blocks"] | {"down": down | {"w": down["w"] + jnp.asarray(noise, down["w"].dtype)}}
-    return model.with_params(params | {"blocks": blocks})
 
 
 def padded_logits(model, ids):
