@@ -11,18 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
 import common
-import numpy as np
-from sweep import MEASURES
+from sweep import HEADER, Bench, changed, line, summary
 
 import jaxedit as je
-from jaxedit.data.templates import sample_templates
-from jaxedit.plain import describe
 
 METHODS = (
     *("memit", "one_layer", "blue", "alphaedit", "prune", "rect", "emmet", "pmet", "adaedit", "namet", "nse"),
@@ -30,103 +25,32 @@ METHODS = (
 )
 
 
-def changed(method: je.Method, settings: list[str]) -> je.Method:
-    """The method with ``field=value`` of its solver, its anchors or itself."""
+def read_changes(settings: list[str]) -> dict[str, dict[str, Any]]:
+    """``METHOD.FIELD=VALUE`` as fields by method; numbers are numbers."""
+    changes: dict[str, dict[str, Any]] = {}
     for setting in settings:
-        field, value = setting.split("=")
-        number: Any = value
+        name, value = setting.split("=")
+        method, field = name.split(".")
+        known: Any = value
         with contextlib.suppress(ValueError):
-            number = float(value)
-        for part in ("solver", "anchor"):
-            of = getattr(method, part)
-            if field in {f.name for f in dataclasses.fields(of)}:
-                method = dataclasses.replace(method, **{part: dataclasses.replace(of, **{field: number})})
-                break
-        else:
-            method = dataclasses.replace(method, **{field: number})
-    return method
-
-
-def first_layer_anchors(found: je.Targets) -> je.Targets:
-    return je.Targets(found.layers[:1], found.values[:1], found.lookup, {l: found.anchors[l] for l in found.layers[:1]})
-
-
-class Shared:
-    """Targets that methods share, and the seconds that they took."""
-
-    def __init__(self, model, tokenizer, requests, templates):
-        self.arguments, self.templates = (model, tokenizer, requests), templates
-        self.found: dict[tuple, tuple[je.Targets, float]] = {}
-
-    def of(self, method: je.Method) -> tuple[je.Targets | None, float]:
-        if method.at_once is not None:
-            return None, 0.0
-        layers = method.layers
-        if isinstance(method.targets, je.PerLayer):
-            like = dataclasses.replace(method, targets=je.ForwardReplay())
-        else:
-            like = method
-            layers = layers if isinstance(method.targets, je.ForwardReplay) else layers[-1:]
-        key = (type(like.targets).__name__, layers if like is method else layers[:1], method.anchor)
-        if key not in self.found:
-            start = time.perf_counter()
-            found = je.targets(*self.arguments, like, templates=self.templates)
-            self.found[key] = found, time.perf_counter() - start
-        found, seconds = self.found[key]
-        return (found if like is method else first_layer_anchors(found)), seconds
+            known = float(value)
+        changes.setdefault(method, {})[field] = known
+    return changes
 
 
 def run(model, tokenizer, requests, stats, methods, changes, neighbours: int | None) -> list[dict]:
-    templates = sample_templates(model, tokenizer, 0)
-    shared, rows = Shared(model, tokenizer, requests, templates), []
+    bench, rows = Bench(model, tokenizer, requests, stats, neighbours), []
     print(HEADER)
     for name in methods:
-        own = [s.partition(".")[2] for s in changes if s.startswith(f"{name}.")]
-        method = changed(je.method_for(name, model.config), own)
-        given, anchors = shared.of(method)
-        start = time.perf_counter()
-        result = je.apply_edits(model, tokenizer, requests, method, stats=stats, targets=given, templates=templates)
-        spent = time.perf_counter() - start
-        report = je.evaluate(model, result.model, tokenizer, requests, max_neighbours=neighbours)
+        own = changes.get(name, {})
+        row, report = bench.measure(changed(je.method_for(name, model.config), own), own)
         if not rows:
-            rows.append(
-                row("base", {m: report.base[m] for m in MEASURES}, {"kl": 0.0, "top1": 1.0}, report.base["score"])
-            )
+            nothing = {k: 0.0 if k == "kl" else 1.0 for k in report.specificity}
+            rows.append(summary("base", report.base, nothing))
             print(line(rows[-1]))
-        made = row(name, {m: report.edited[m] for m in MEASURES}, report.specificity, report.edited["score"])
-        layers = result.info.layers
-        made |= {
-            "settings": describe(method),
-            "anchor_seconds": anchors,
-            "other_seconds": spent,
-            "remaining": float(np.nanmean(result.info.remaining[-1]) / np.nanmean(result.info.remaining[0])),
-            "update_norm": [l.relative_update_norm for l in layers],
-            "solve_residual": max(l.solve_residual for l in layers),
-        }
-        rows.append(made)
-        print(line(made), flush=True)
+        rows.append(row)
+        print(line(row), flush=True)
     return rows
-
-
-def row(name: str, rates: dict, specificity: dict, score) -> dict:
-    return {"method": name, **rates, **specificity, "score": score}
-
-
-HEADER = (
-    "method           eff.succ/acc   para.succ/acc  neigh.  score   KL     top-1  remaining  seconds: anchors, rest"
-)
-
-
-def line(r: dict) -> str:
-    def percent(x) -> str:
-        return f"{100 * x:6.1f}" if x is not None else "     -"
-
-    rates = [percent(r[m]) for m in MEASURES] + [percent(r["score"])]
-    text = f"{r['method']:14s} {rates[0]} {rates[1]}  {rates[2]} {rates[3]}  {rates[4]} {rates[5]}"
-    text += f"  {r['kl']:.3f} {percent(r['top1'])}"
-    if "remaining" in r:
-        text += f"  {r['remaining']:8.3f}  {r['anchor_seconds']:10.1f} {r['other_seconds']:8.1f}"
-    return text
 
 
 def main():
@@ -142,12 +66,13 @@ def main():
     parser.add_argument("--out", type=Path, help="where to write the results as JSON")
     args = parser.parse_args()
     tables: dict[str, list[dict]] = {}
+    about = {"machine": common.machine(), "model": args.model, "first": args.first, "count": args.count}
     for file in args.requests:
         given = argparse.Namespace(**{**vars(args), "requests": file})
         model, tokenizer, requests, stats = common.prepare(given, None)
         print(f"\n{Path(file).name}: {len(requests)} edits")
-        tables[Path(file).name] = run(model, tokenizer, requests, stats, args.methods, args.set, args.neighbours)
-        about = {"machine": common.machine(), "model": args.model, "first": args.first, "count": args.count}
+        changes = read_changes(args.set)
+        tables[Path(file).name] = run(model, tokenizer, requests, stats, args.methods, changes, args.neighbours)
         common.write(args.out, {**about, "tokens": args.tokens, "changes": args.set, "tables": tables})
 
 

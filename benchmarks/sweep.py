@@ -1,18 +1,22 @@
-"""Edit one batch with several methods at several cov_weights, and measure each edited model.
+"""Edit one batch with several methods and settings, and measure each edited model.
 
-Anchors do not depend on cov_weight, so they are found once and shared: BLUE's first is Forward Replay's. (BLUE's
-second is found on the edited model, anew each time.) Statistics, templates and evaluation prompts are the same for all.
+Anchors do not depend on how they are solved for, so each kind is found once and shared: by all methods that have the
+same, and BLUE's first is Forward Replay's. (BLUE's second is found on the edited model, and methods that make edits one
+at a time find theirs as they go.) Statistics, templates and evaluation prompts are the same for all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 import jaxedit as je
+from jaxedit.data.templates import sample_templates
+from jaxedit.plain import describe
 
-METHODS = ("fe", "memit", "memit_no_divide", "blue")
 MEASURES = (
     "efficacy_success",
     "efficacy_accuracy",
@@ -22,63 +26,95 @@ MEASURES = (
 )
 
 
-def sweep(
-    model,
-    tokenizer,
-    requests,
-    stats,
-    templates,
-    methods: Sequence[str],
-    weights: Sequence[float],
-    neighbours: int | None,
-) -> list[dict]:
-    """One row a method and cov_weight; `report` is told each as it is made."""
-    rows = []
-    shared: dict[tuple, je.Targets] = {}
-    for name in methods:
-        preset = je.method_for(name, model.config)
-        key = (type(preset.targets).__name__, preset.layers[-1], preset.anchor)
-        if not isinstance(preset.targets, je.PerLayer) and key not in shared:
-            shared[key] = je.targets(model, tokenizer, requests, preset, templates=templates)
-        for weight in weights:
-            method = dataclasses.replace(preset, solver=je.Ridge(cov_weight=weight))
-            given = shared.get(key) or first_anchor(preset, shared)
+def changed(method: je.Method, settings: dict[str, Any]) -> je.Method:
+    """The method with other fields of its solver, its anchors, its regulariser or itself."""
+    for field, value in settings.items():
+        for part in ("solver", "anchor", "regulariser"):
+            of = getattr(method, part)
+            if of is not None and field in {f.name for f in dataclasses.fields(of)}:
+                method = dataclasses.replace(method, **{part: dataclasses.replace(of, **{field: value})})
+                break
+        else:
+            method = dataclasses.replace(method, **{field: value})
+    return method
+
+
+class Bench:
+    """One model and one batch of requests, on which methods are measured."""
+
+    def __init__(self, model, tokenizer, requests, stats, neighbours: int | None):
+        self.arguments, self.stats, self.neighbours = (model, tokenizer, requests), stats, neighbours
+        self.templates = sample_templates(model, tokenizer, 0)
+        self.found: dict[tuple, tuple[je.Targets, float]] = {}  # by kind, layers and how anchors are found
+
+    def targets(self, method: je.Method) -> tuple[je.Targets | None, float]:
+        """Targets that the method shares with others, if it does, and the seconds that they took."""
+        if method.at_once is not None:
+            return None, 0.0
+        first_only = isinstance(method.targets, je.PerLayer)
+        like = dataclasses.replace(method, targets=je.ForwardReplay()) if first_only else method
+        # of a spread only the last layer's target is an anchor; replayed ones are of all layers
+        layers = like.layers[-1:] if isinstance(like.targets, je.BackwardSpread) else like.layers
+        first = (type(like.targets), layers[0], like.anchor)
+        fits = [f for (t, l, a), f in self.found.items() if (t, l[0], a) == first and (first_only or l == layers)]
+        if fits:
+            known = fits[0]
+        else:
             start = time.perf_counter()
-            result = je.apply_edits(model, tokenizer, requests, method, stats=stats, targets=given, templates=templates)
-            seconds = time.perf_counter() - start
-            report = je.evaluate(model, result.model, tokenizer, requests, max_neighbours=neighbours)
-            rows.append(
-                {
-                    "method": name,
-                    "cov_weight": weight,
-                    **{m: report.edited[m] for m in MEASURES},
-                    **report.specificity,
-                    "score": report.edited["score"],
-                    "remaining": [1.0] + [layer.residual_after for layer in result.info.layers],
-                    "layers": [layer.layer for layer in result.info.layers],
-                    "update_norm": [layer.relative_update_norm for layer in result.info.layers],
-                    "solve_residual": max(layer.solve_residual for layer in result.info.layers),
-                    "edit_seconds": seconds,
-                    "evaluate_seconds": time.perf_counter() - start - seconds,
-                }
-            )
-            print(line(rows[-1]), flush=True)
-    return rows
+            known = je.targets(*self.arguments, like, templates=self.templates), time.perf_counter() - start
+            self.found[type(like.targets), layers, like.anchor] = known
+        found, seconds = known
+        if first_only:
+            anchors = {l: found.anchors[l] for l in layers[:1]}
+            found = je.Targets(found.layers[:1], found.values[:1], found.lookup, anchors)
+        return found, seconds
+
+    def measure(self, method: je.Method, changes: dict[str, Any]) -> tuple[dict, je.Report]:
+        """A row of results of the method with `changes`, and the report behind it."""
+        given, anchor_seconds = self.targets(method)
+        start = time.perf_counter()
+        result = je.apply_edits(*self.arguments, method, stats=self.stats, targets=given, templates=self.templates)
+        seconds = time.perf_counter() - start
+        model, tokenizer, requests = self.arguments
+        report = je.evaluate(model, result.model, tokenizer, requests, max_neighbours=self.neighbours)
+        row = summary(method.name, report.edited, report.specificity) | {
+            "changes": changes,
+            "settings": describe(method),
+            "remaining": remaining(result.info.remaining),
+            "layers": [layer.layer for layer in result.info.layers],
+            "update_norm": [layer.relative_update_norm for layer in result.info.layers],
+            "solve_residual": max(layer.solve_residual for layer in result.info.layers),
+            "anchor_seconds": anchor_seconds,
+            "other_seconds": seconds,
+        }
+        return row, report
 
 
-def first_anchor(preset: je.Method, shared: dict[tuple, je.Targets]) -> je.Targets | None:
-    """PerLayer's first anchor, which Forward Replay has found if it starts at the same layer."""
-    for (kind, _, anchor), targets in shared.items():
-        if kind == "ForwardReplay" and anchor == preset.anchor and targets.layers[0] == preset.layers[0]:
-            return je.Targets(targets.layers[:1], targets.values[:1], targets.lookup, targets.anchors)
-    return None
+def remaining(norms) -> list[float]:
+    """Residuals' norms (n_layers + 1, n) as means over the edits, in parts of what they were at first."""
+    means = np.nanmean(np.asarray(norms), 1)
+    return [float(x) for x in means / means[0]]
 
 
-HEADER = "method           cov_weight  eff.succ  eff.acc  para.succ  para.acc  neigh.succ      KL  top-1   remaining"
+def summary(name: str, rates: dict, specificity: dict) -> dict:
+    return {"method": name, **{m: rates[m] for m in MEASURES}, "score": rates["score"], **specificity}
+
+
+HEADER = "method          eff.succ    acc  para.succ   acc   neigh.  score      KL   top-1  remains  anchors, rest (s)"
 
 
 def line(row: dict) -> str:
     """One row as text, rates in percent."""
-    rates = "  ".join(f"{100 * row[m]:8.1f}" for m in MEASURES)
-    rest = " ".join(f"{r:.3f}" for r in row["remaining"][1:])
-    return f"{row['method']:16s} {row['cov_weight']:9.0f}  {rates}  {row['kl']:7.4f}  {100 * row['top1']:5.1f}   {rest}"
+
+    def percent(x) -> str:
+        return f"{100 * x:6.1f}" if x is not None else "     -"
+
+    rates = "  ".join(percent(row[m]) for m in (*MEASURES, "score"))
+    text = f"{row['method']:16s} {rates}  {row['kl']:7.4f}  {percent(row['top1'])}"
+    if "remaining" in row:
+        text += f"  {row['remaining'][-1]:7.3f}  {row['anchor_seconds']:7.1f} {row['other_seconds']:6.1f}"
+    return (
+        text
+        + "  "
+        + " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.get("changes", {}).items())
+    )

@@ -10,9 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from common import arguments, machine, prepare, write
-from sweep import HEADER, METHODS, sweep
+from sweep import HEADER, Bench, changed, line
 
-from jaxedit.data.templates import sample_templates
+import jaxedit as je
+
+METHODS = ("fe", "memit", "memit_no_divide", "blue")
 
 
 def main():
@@ -22,11 +24,16 @@ def main():
     parser.add_argument("--neighbours", type=int, help="neighbourhood prompts per record (default: all)")
     args = parser.parse_args()
     model, tokenizer, requests, stats = prepare(args, None)
-    templates = sample_templates(model, tokenizer, 0)
+    bench, rows = Bench(model, tokenizer, requests, stats, args.neighbours), []
     print(HEADER)
-    rows = sweep(model, tokenizer, requests, stats, templates, args.methods, args.weights, args.neighbours)
+    for name in args.methods:
+        for weight in args.weights:
+            changes = {"cov_weight": weight}
+            row, _ = bench.measure(changed(je.method_for(name, model.config), changes), changes)
+            rows.append(row)
+            print(line(row), flush=True)
     record = {"machine": machine(), "model": args.model, "first": args.first, "count": len(requests)}
-    write(args.out, record | {"tokens": args.tokens, "templates": templates, "rows": rows})
+    write(args.out, record | {"tokens": args.tokens, "templates": bench.templates, "rows": rows})
     if args.out is not None:
         plot(rows, args.out.with_suffix(".png"))
 
