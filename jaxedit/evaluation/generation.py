@@ -20,7 +20,7 @@ from jaxedit.data.tokens import encode
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad
 from jaxedit.models.config import ModelConfig
-from jaxedit.models.transformer import Context, Decoder, Params, Past, embed, run, unembed
+from jaxedit.models.transformer import Context, Decoder, Params, Past, embed, run_and_keep, unembed
 from jaxedit.sharding import data_shards, mesh_of, over_data, place_rows
 
 _CACHE_TOKENS = 32768
@@ -173,13 +173,13 @@ def _continue(params, options, rows, *, config, room: int, top_k, sample: bool):
     """Prefill, then one token a step until `limit` (traced, at most `room`) or until every row has ended."""
     (limit, eos, key, temperature), (tokens, mask, row_ids, live) = options, rows
     b, s = tokens.shape
-    context = Context.of_mask(mask)
+    context = Context.of_mask(mask).as_prompts()
     lengths = mask.sum(-1, dtype=jnp.int32)
     fill = eos[0] if eos.size else jnp.int32(0)
 
     def advance(tokens, context, past=None):
         h = embed(params, config, tokens, context)
-        return run(params, config, h, context, 0, config.n_layer, past=past, probe=lambda x: (x.k, x.v))
+        return run_and_keep(params, config, h, context, 0, config.n_layer, past)
 
     def choose(h, step):
         logits = unembed(params, config, h)
@@ -205,19 +205,19 @@ def _continue(params, options, rows, *, config, room: int, top_k, sample: bool):
         return (step < limit) & ~done.all()
 
     def decode(state):
-        step, token, done, count, out, k, v = state
+        step, token, done, count, out, k, v, carried = state
         at = s + step - 1  # the slot of `token`, which is not yet in the cache
-        here = Context((lengths + step - 1)[:, None], jnp.ones((b, 1), jnp.int32))
+        here = Context((lengths + step - 1)[:, None], jnp.ones((b, 1), jnp.int32)).ending(jnp.full(b, -1))
         written = jnp.where((slots >= s) & (slots < at), 1, prompt)
-        h, (k1, v1) = advance(token[:, None], here, Past(k, v, Context(positions, written)))
-        k, v = (lax.dynamic_update_slice_in_dim(old, one, at, 2) for old, one in ((k, k1), (v, v1)))
-        return step + 1, *emit(step, choose(h[:, 0], step), done, count, out), k, v
+        h, new = advance(token[:, None], here, Past(k, v, Context(positions, written), carried))
+        k, v = (lax.dynamic_update_slice_in_dim(old, one, at, 2) for old, one in ((k, new.k), (v, new.v)))
+        return step + 1, *emit(step, choose(h[:, 0], step), done, count, out), k, v, new.carried
 
     h, cache = advance(tokens, context)
-    k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]) for x in cache)
+    k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]) for x in (cache.k, cache.v))
     last = jnp.where(mask > 0, jnp.arange(s, dtype=jnp.int32), 0).max(-1)
     first = choose(h[jnp.arange(b), last], jnp.int32(0))
     none = jnp.zeros(b, jnp.int32)
     started = emit(jnp.int32(0), first, ~live, none, jnp.full((b, room), fill, jnp.int32))
-    _, _, _, count, out, _, _ = lax.while_loop(more, decode, (jnp.int32(1), *started, k, v))
+    _, _, _, count, out, *_ = lax.while_loop(more, decode, (jnp.int32(1), *started, k, v, cache.carried))
     return out, count

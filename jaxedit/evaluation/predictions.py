@@ -70,7 +70,8 @@ def likeliest(
 
     The models share one architecture and one mesh.
     """
-    kept, home = _merged(rows)
+    adapted = any(model.params.get("adapters") for model in models)
+    kept, home = _apart(rows) if adapted else _merged(rows)
     config, mesh = models[0].config, mesh_of(models[0].params)
     shapes = [(bucket(len(ids), MIN_LENGTH), bucket(len(ids) - start)) for ids, start in kept]
     queued = []
@@ -86,14 +87,20 @@ def likeliest(
             mine |= zip(index, side, strict=False)
 
     def of(mine: dict[int, np.ndarray], ids: Ids, n: int) -> np.ndarray:
-        i = home[ids]
+        i = home[ids, n]
         end = len(ids) - kept[i][1]
         return mine[i][end - n : end]
 
     return [[of(mine, ids, n) for ids, n in rows] for mine in found]
 
 
-def _merged(rows: Sequence[tuple[Ids, int]]) -> tuple[list[tuple[Ids, int]], dict[Ids, int]]:
+def _apart(rows: Sequence[tuple[Ids, int]]) -> tuple[list[tuple[Ids, int]], dict[tuple[Ids, int], int]]:
+    """As `_merged`, for adapters, to whom it matters where a prompt ends: rows that differ in it stay apart."""
+    home = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    return [(ids, len(ids) - n) for ids, n in home], home
+
+
+def _merged(rows: Sequence[tuple[Ids, int]]) -> tuple[list[tuple[Ids, int]], dict[tuple[Ids, int], int]]:
     """Rows to run, as (tokens, first place asked for), and in which of them each given row lies."""
     starts: dict[Ids, int] = {}
     for ids, n in rows:
@@ -107,7 +114,7 @@ def _merged(rows: Sequence[tuple[Ids, int]]) -> tuple[list[tuple[Ids, int]], dic
         else:
             kept.append((ids, starts[ids]))
         home[ids] = len(kept) - 1
-    return kept, home
+    return kept, {(ids, n): home[ids] for ids, n in rows}
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -115,7 +122,7 @@ def _likeliest(params: Params, config: ModelConfig, tokens, mask, at, mesh: Mesh
     """Right-padded ``tokens, mask [b, s]`` and places ``at [b, m]`` to the likeliest next tokens ``[b, m]``."""
 
     def share(params, tokens, mask, at):
-        context = Context.of_mask(mask)
+        context = Context.of_mask(mask).ending(at[:, 0])  # the first place asked for is where the prompt ends
         h = run(params, config, embed(params, config, tokens, context), context, 0, config.n_layer)
         h = jnp.take_along_axis(h, at[..., None], 1).reshape(-1, h.shape[-1])
         best = lax.map(lambda x: unembed(params, config, x).argmax(-1), h, batch_size=chunk(len(h)))

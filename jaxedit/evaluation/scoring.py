@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxedit.evaluation.batching import chunk
 from jaxedit.models.config import ModelConfig
-from jaxedit.models.transformer import Context, Params, Past, embed, run, unembed
+from jaxedit.models.transformer import Context, Params, Past, embed, run, run_and_keep, unembed
 from jaxedit.sharding import over_data
 
 
@@ -31,17 +31,18 @@ def score(params: Params, config: ModelConfig, tokens, mask, targets, real, mesh
 
 def _score(params, tokens, mask, targets, real, *, config: ModelConfig):
     b, n = len(tokens), targets.shape[1]
-    context = Context.of_mask(mask)
+    context = Context.of_mask(mask).as_prompts()
     sizes = mask.sum(-1, dtype=jnp.int32)
     h = embed(params, config, tokens, context)
-    h, (k, v) = run(params, config, h, context, 0, config.n_layer, probe=lambda x: (x.k, x.v))
+    h, past = run_and_keep(params, config, h, context, 0, config.n_layer)
     last = h[jnp.arange(b), sizes - 1]
     nll, hit = (x.reshape(2 * b, 1) for x in _token_scores(params, config, last, targets[:, 0].reshape(b, 2)))
     if n > 1:
         twice = partial(jnp.repeat, repeats=2)
-        there = Context(twice(context.positions, axis=0), twice(context.segments, axis=0))
-        past = Past(twice(k, axis=1), twice(v, axis=1), there)
+        by_row = jax.tree.map(partial(twice, axis=0), (context, past.carried))
+        past = Past(twice(past.k, axis=1), twice(past.v, axis=1), *by_row)
         here = Context(twice(sizes)[:, None] + jnp.arange(n - 1, dtype=jnp.int32), real[:, 1:])
+        here = here.ending(jnp.full(2 * b, -1))
         h = run(params, config, embed(params, config, targets[:, :-1], here), here, 0, config.n_layer, past=past)
         rest = _token_scores(params, config, h.reshape(-1, h.shape[-1]), targets[:, 1:].reshape(-1, 1))
         nll, hit = (

@@ -91,7 +91,7 @@ def last_hidden(params: Params, config: ModelConfig, tokens, mask, mesh: Mesh | 
     """The hidden state ``[b, d_model]`` that predicts what follows each right-padded row ``[b, s]``."""
 
     def share(params, tokens, mask):
-        context = Context.of_mask(mask)
+        context = Context.of_mask(mask).as_prompts()
         h = run(params, config, embed(params, config, tokens, context), context, 0, config.n_layer)
         return h[jnp.arange(len(h)), mask.sum(-1) - 1]
 

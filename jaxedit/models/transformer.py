@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import activation, attend, linear, norm, permute, rotary, visible, vocabulary_product, wide
+from jaxedit.models.sites import Desk, Seen, take_digits
 
 Params = dict[str, Any]
 
@@ -60,17 +61,31 @@ class Context:
 
     Tokens see earlier tokens of their own segment. Segment 0 is padding; documents packed into one row have
     segments 1, 2, … and positions that start again.
+    ends: int32 ``[b, s]``, for adapters: where in the row the prompt of each token ends, negative where it did so
+    before this row. None: every token counts as the last of its prompt.
     """
 
     positions: jax.Array
     segments: jax.Array
     ragged: Ragged | None = None
+    ends: jax.Array | None = None
 
     @classmethod
     def of_mask(cls, mask) -> Context:
         """Right- or left-padded rows: `mask` is 1 at real tokens. Positions count real tokens from 0."""
         mask = jnp.asarray(mask, jnp.int32)
         return cls(jnp.maximum(jnp.cumsum(mask, -1) - 1, 0), mask)
+
+    def ending(self, ends) -> Context:
+        """The same rows; the prompt of row i ends at ``ends [b]``, or at each token's ``ends [b, s]``."""
+        ends = jnp.asarray(ends, jnp.int32)
+        ends = ends[:, None] if ends.ndim == 1 else ends
+        return dataclasses.replace(self, ends=jnp.broadcast_to(ends, self.segments.shape))
+
+    def as_prompts(self) -> Context:
+        """The same rows, each a prompt that ends at its last token."""
+        places = jnp.arange(self.segments.shape[1], dtype=jnp.int32)
+        return self.ending(jnp.where(self.segments > 0, places, 0).max(-1))
 
 
 @jax.tree_util.register_dataclass
@@ -99,11 +114,15 @@ class Ragged:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """Keys and values of earlier tokens, ``[layers, b, t, n_kv_head, head_dim]``, for the layers that will run."""
+    """Keys and values of earlier tokens, ``[layers, b, t, n_kv_head, head_dim]``, for the layers that will run.
+
+    carried: what each adapter carries on from them, with rows as the leading axis.
+    """
 
     k: jax.Array
     v: jax.Array
     context: Context
+    carried: Any = None
 
 
 class Inside(NamedTuple):
@@ -177,8 +196,17 @@ def attention_added(p: Params, config: ModelConfig, attended):
 
 def mlp_key(p: Params, config: ModelConfig, h, stream):
     """The key ``[…, d_ff]`` of a block that `h` entered, and that attention made `stream` of."""
+    return key_of_input(p, config, mlp_input(p, config, h, stream))
+
+
+def mlp_input(p: Params, config: ModelConfig, h, stream):
+    """What the MLP reads, ``[…, d_model]``: the normed stream, or the normed block input."""
     before = stream if config.parallel == "none" else h
-    x = norm(before, p["attn_norm" if config.parallel == "shared" else "mlp_norm"], config)
+    return norm(before, p["attn_norm" if config.parallel == "shared" else "mlp_norm"], config)
+
+
+def key_of_input(p: Params, config: ModelConfig, x):
+    """The key ``[…, d_ff]`` of the MLP's input."""
     key = activation(_product(p, x, "gate" if config.gated else "up"), config.act)
     return key * _product(p, x, "up") if config.gated else key
 
@@ -233,29 +261,76 @@ def run(
     keep: for a backward pass, keep only these products ("q", "k", "v", "o", "gate", "up") of each layer and make
         the rest again, which is less memory and, because weights are not copied into the scan's residuals, also
         faster.
-    Returns ``(h, probes)``, or just ``h`` without a probe.
+    Returns ``(h, probes)``, or just ``h`` without a probe. With adapters that predict in the model's place, h has more
+    columns, which `unembed` understands.
     """
+    h, seen, _ = _run(params, config, h, context, start, stop, past, probe, keep)
+    return h if probe is None else (h, seen)
 
-    def block(h, index):
+
+def run_and_keep(
+    params: Params, config: ModelConfig, h, context: Context, start: int, stop: int, past: Past | None = None
+) -> tuple[jax.Array, Past]:
+    """`run`, and what tokens that follow need of these ones (not of those in `past`)."""
+    h, (k, v), carried = _run(params, config, h, context, start, stop, past, lambda inside: (inside.k, inside.v), None)
+    return h, Past(k, v, context, carried)
+
+
+def _run(params, config, h, context, start, stop, past, probe, keep) -> tuple[jax.Array, Any, tuple]:
+    """The hidden states, probes, and what each adapter carries on."""
+    adapters = params.get("adapters", ())
+
+    def block(h, index, visit=None):
         p = layer(params, index)
         here = None
         if past is not None:
             pick = partial(lax.dynamic_index_in_dim, index=index - start, keepdims=False)
             here = (pick(past.k), pick(past.v), past.context)
         attended, k, v = attention(p, config, h, context, window_of(config, index), here)
-        stream, key = after_attention(p, config, h, attended)
-        h = from_key(p, config, stream, key)
+        if visit is None:
+            stream, key = after_attention(p, config, h, attended)
+            h = from_key(p, config, stream, key)
+        else:
+            h, key = _visited(p, config, h, attended, visit)
         return h, None if probe is None else probe(Inside(h, key, k, v, attended))
 
-    if keep is not None:
-        block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*keep))
-    h, seen = lax.scan(block, h, jnp.arange(start, stop))
-    return h if probe is None else (h, seen)
+    def rewind(block):
+        if keep is None:
+            return block
+        return jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*keep))
+
+    if not adapters:
+        return *lax.scan(rewind(block), h, jnp.arange(start, stop)), ()
+    desk = Desk(adapters, context, None if past is None else past.carried)
+    marked = sorted({l for a in adapters for l in (*a.layers, a.asks) if l is not None and start <= l < stop})
+    seen, at = [], start
+    for l in (*marked, stop):
+        if l > at:
+            h, more = lax.scan(rewind(block), h, jnp.arange(at, l))
+            seen.append(more)
+        if l < stop:
+            h, one = block(h, l, visit=partial(desk.visit, l))
+            seen.append(jax.tree.map(lambda x: x[None], one))
+        at = l + 1
+    if stop == config.n_layer and any(a.site == "logits" for a in adapters):
+        h = desk.predict(stop - 1, h, norm(h, params["final_norm"], config))
+    return h, jax.tree.map(lambda *x: jnp.concatenate(x), *seen), tuple(desk.carried)
+
+
+def _visited(p: Params, config: ModelConfig, h, attended, visit):
+    """A block in which every site is visited: its output, and its key as the adapters leave it."""
+    stream = h + attention_added(p, config, attended)
+    seen = visit("mlp_in", Seen(mlp_input(p, config, h, stream)))
+    seen = visit("mlp_key", seen._replace(mlp_key=key_of_input(p, config, seen.mlp_in)))
+    seen = visit("mlp_out", seen._replace(mlp_out=mlp_output(p, seen.mlp_key)))
+    seen = visit("block_out", seen._replace(block_out=after_mlp(p, config, stream, seen.mlp_out)))
+    return seen.block_out, seen.mlp_key
 
 
 def unembed(params: Params, config: ModelConfig, h):
     """Hidden states ``[…, d_model]`` after the last layer to logits ``[…, vocab]`` in float32 (float64)."""
     dtype = wide(h.dtype)
+    h, instead = take_digits(h, config.d_model)
     x = norm(h, params["final_norm"], config)
     w = params["embed"]["tokens"] if config.tied else params["unembed"]["w"]
     if x.dtype.itemsize == 2:
@@ -266,6 +341,8 @@ def unembed(params: Params, config: ModelConfig, h):
         y = y + params["unembed"]["b"].astype(dtype)
     if config.final_softcap is not None:
         y = config.final_softcap * jnp.tanh(y / config.final_softcap)
+    if instead is not None:
+        y = jnp.where(instead[..., None] >= 0, jax.nn.one_hot(instead, config.vocab, dtype=dtype), y)
     return y
 
 
