@@ -89,8 +89,8 @@ def answering(context: Context, only_last: bool = False) -> jax.Array:
 
 
 def with_digits(h: jax.Array, token: jax.Array) -> jax.Array:
-    """Hidden states ``[b, s, d_model]`` that carry a token id ``[b, s]`` (-1: none) in `DIGITS` columns more, so that it
-    goes wherever the states go until they are unembedded."""
+    """Hidden states ``[b, s, d_model]`` that carry a token id ``[b, s]`` (-1: none) in `DIGITS` columns more, so that
+    it goes wherever the states go until they are unembedded."""
     known = token + 1
     digits = [(known // 256**i) % 256 for i in range(DIGITS)]
     return jnp.concatenate([h, jnp.stack(digits, -1).astype(h.dtype)], -1)
@@ -101,7 +101,7 @@ def take_digits(h: jax.Array, d_model: int) -> tuple[jax.Array, jax.Array | None
     if h.shape[-1] == d_model:
         return h, None
     digits = h[..., d_model:].astype(jnp.int32)
-    return h[..., :d_model], sum(digits[..., i] * 256**i for i in range(DIGITS)) - 1
+    return h[..., :d_model], digits @ 256 ** jnp.arange(DIGITS) - 1
 
 
 class Desk:

@@ -299,9 +299,10 @@ def _run(params, config, h, context, start, stop, past, probe, keep) -> tuple[ja
             return block
         return jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*keep))
 
-    if not adapters:
-        return *lax.scan(rewind(block), h, jnp.arange(start, stop)), ()
-    desk = Desk(adapters, context, None if past is None else past.carried)
+    carried = None if past is None else past.carried
+    if not adapters or start == stop:
+        return *lax.scan(rewind(block), h, jnp.arange(start, stop)), carried or ()
+    desk = Desk(adapters, context, carried)
     marked = sorted({l for a in adapters for l in (*a.layers, a.asks) if l is not None and start <= l < stop})
     seen, at = [], start
     for l in (*marked, stop):
@@ -352,7 +353,8 @@ def _forward(params, config: ModelConfig, tokens, context: Context, hidden: bool
     if not hidden:
         return unembed(params, config, run(params, config, h0, context, 0, config.n_layer))
     h, seen = run(params, config, h0, context, 0, config.n_layer, probe=lambda inside: inside.h)
-    states = jnp.concatenate([h0[None], seen[:-1], norm(h, params["final_norm"], config)[None]])
+    last = norm(take_digits(h, config.d_model)[0], params["final_norm"], config)
+    states = jnp.concatenate([h0[None], seen[:-1], last[None]])
     return unembed(params, config, h), states
 
 

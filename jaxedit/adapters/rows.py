@@ -1,0 +1,126 @@
+"""Rows that edits own: which of them are in use, which one answers a query, and room for more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxedit.errors import JaxEditError
+from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad
+from jaxedit.layer_loop import Progress
+from jaxedit.models.transformer import Decoder
+from jaxedit.sharding import data_shards, mesh_of, place_rows
+
+FREE = -1  # the owner of a row that nobody uses
+NOTHING, EVERYTHING = -1, -2  # in the place of an edit that is withheld from a row of a batch
+_SCORES = 2**23  # at a time
+_TIE = 1e-4
+_BATCH_TOKENS = 8192
+Asked = tuple[tuple[int, ...], int]  # a row of tokens, and how many of its last ones are asked about
+
+
+def in_use(owner: jax.Array, withheld: jax.Array | None) -> jax.Array:
+    """Which rows may answer: ``[n]``, or ``[b, n]`` where each of b queries has an edit withheld from it."""
+    used = owner >= 0
+    if withheld is None:
+        return used
+    kept = (owner != withheld[:, None]) & (withheld[:, None] != EVERYTHING)
+    return used & kept
+
+
+def latest_best(scores: jax.Array, scale: jax.Array | float | None = None) -> jax.Array:
+    """The row ``[q]`` with the largest of ``scores [q, n]``; of several that are so up to rounding, the last.
+
+    A prompt that is edited again has nearly the key it had before, and the later edit must win. Rounding is taken as
+    1e-4 of `scale`, by default of the largest score itself.
+    """
+    best = jnp.max(scores, -1, keepdims=True)
+    least = best - _TIE * (jnp.abs(best) if scale is None else scale)
+    return jnp.max(jnp.where(scores >= least, jnp.arange(scores.shape[-1]), 0), -1)
+
+
+def withdrawn(owner: jax.Array, edits: Collection[int]) -> np.ndarray:
+    """Boolean ``[n]``: the rows of some edits. Raises JaxEditError naming edits that have none."""
+    here = np.asarray(owner)
+    unknown = sorted(set(edits) - set(here[here >= 0].tolist()))
+    if unknown:
+        raise JaxEditError(f"edits {unknown[:10]} are not held; they were withdrawn before, or never made")
+    return np.isin(here, list(edits))
+
+
+def append(old: dict[str, jax.Array] | None, new: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Columns of rows, ``new`` behind those of ``old`` that are in use; "owner" is one of them.
+
+    There is room for up to half as many rows again, so that the same programs serve a growing number. Where the old
+    columns have room left behind their last row, new rows go there and old ones keep their places.
+    """
+    n = len(new["owner"])
+    owner = np.zeros(0, np.int32) if old is None else np.asarray(old["owner"])
+    kept = np.flatnonzero(owner >= 0)
+    end = int(kept[-1]) + 1 if len(kept) else 0
+    if old is not None and end + n <= len(owner):
+        return {name: x.at[end : end + n].set(new[name]) for name, x in old.items()}
+    size = bucket(len(kept) + n, 16)
+    made = {}
+    for name, x in new.items():
+        room = jnp.full((size, *x.shape[1:]), FREE if name == "owner" else 0, x.dtype)
+        if old is not None and len(kept):
+            room = room.at[: len(kept)].set(old[name][kept])
+        made[name] = room.at[len(kept) : len(kept) + n].set(x)
+    return made
+
+
+def read_last(
+    read: Callable, model: Decoder, rows: Sequence[Asked], on_progress: Progress | None = None
+) -> list[np.ndarray]:
+    """What ``read(params, config, tokens [b, s], mask, at [b, m], mesh)`` gives ``[b, m, …]`` at the last n tokens of
+    each row ``(tokens, n)``, as arrays ``[n, …]``. on_progress is told of "keys"."""
+    mesh, done = mesh_of(model.params), 0
+    found: list[np.ndarray] = [np.zeros(0)] * len(rows)
+    shapes = [(bucket(len(tokens), MIN_LENGTH), bucket(n)) for tokens, n in rows]
+    for batch in batches(shapes, _BATCH_TOKENS, data_shards(mesh)):
+        some, (length, width) = batch.take(rows), batch.shape
+        placed = place_rows((*pad([tokens for tokens, _ in some], length), last_places(some, width)), mesh)
+        made = np.asarray(read(model.params, model.config, *placed, mesh))
+        for i, (_, n), x in zip(batch.index, some, made, strict=False):
+            found[i] = x[:n]
+        done += len(batch.index)
+        if on_progress is not None:
+            on_progress("keys", done, len(rows))
+    return found
+
+
+def last_places(rows: Sequence[Asked], width: int) -> np.ndarray:
+    """The places of the last n tokens of each row, int32 ``[rows, width]``; the last one where there are no more."""
+    return np.asarray([np.minimum(len(t) - n + np.arange(width), len(t) - 1) for t, n in rows], np.int32)
+
+
+def where_wanted(function: Callable, x: jax.Array, wanted: jax.Array, rows: int, most: int | None = None) -> jax.Array:
+    """``function(x [q, d], index [q])`` of the tokens of ``x [b, s, d]`` that are `wanted` ``[b, s]``.
+
+    index: the row of the batch that a token is in. Returns ``[b, s, …]``; what stands at other tokens means nothing.
+    Scores of all tokens against many rows would not fit, so tokens are taken some at a time, the wanted ones first,
+    and no time is spent once there are none left. rows: how many scores a token has; most: tokens at a time.
+    """
+    b, s, d = x.shape
+    flat, index = x.reshape(-1, d), jnp.repeat(jnp.arange(b), s)
+    most = max(64, _SCORES // max(rows, 1)) if most is None else most
+    if b * s <= most:
+        out = function(flat, index)
+        return out.reshape(b, s, *out.shape[1:])
+    order = jnp.argsort(~wanted.reshape(-1))
+    filled = jnp.pad(order, (0, -(b * s) % most), mode="edge").reshape(-1, most)
+    shape = jax.eval_shape(function, flat[:most], index[:most])
+
+    def some(at):
+        needed = jnp.any(wanted.reshape(-1)[at])
+        none = jnp.zeros(shape.shape, shape.dtype)
+        return lax.cond(needed, lambda: function(flat[at], index[at]), lambda: none)
+
+    out = lax.map(some, filled)
+    out = out.reshape(-1, *out.shape[2:])[jnp.argsort(order)]
+    return out.reshape(b, s, *out.shape[1:])
