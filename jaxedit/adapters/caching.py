@@ -33,9 +33,9 @@ from jaxedit.types import EditRequest
 class CachingEditor:
     """When a stored answer is given.
 
-    radius: how near a key must be to a stored one (Euclidean, strictly nearer). It depends on the model: published values
-        are of BERT (6.5), BART (3) and distilGPT-2 (2.5). None: the `quantile` of the distances from the edits' prompts
-        to the nearest text of another edit; see also `calibrate`.
+    radius: how near a key must be to a stored one (Euclidean, strictly nearer). It depends on the model: published
+        values are of BERT (6.5), BART (3) and distilGPT-2 (2.5).
+        None: the `quantile` of distances from the edits' prompts to the nearest text of another edit; see `calibrate`.
     """
 
     radius: float | None = None
@@ -86,7 +86,9 @@ class CachingEditor:
         columns = append(None if state is None else {name: getattr(state, name) for name in new}, new)
         last = model.config.n_layer - 1
         made = Cache(
-            **columns,
+            keys=columns["keys"],
+            tokens=columns["tokens"],
+            owner=columns["owner"],
             radius=jnp.asarray(radius, new["keys"].dtype),
             given=jnp.asarray(first + len(edits), jnp.int32),
             layers=(last,),

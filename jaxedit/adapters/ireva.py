@@ -219,7 +219,7 @@ class Neurons:
         return jnp.where(wanted[..., None], out.astype(add.dtype) + add, out.astype(add.dtype)).astype(out.dtype)
 
     def added(self, x: jax.Array, index: jax.Array) -> jax.Array:
-        """What neurons add ``[q, d_model]`` where the MLP reads `x`, of that shape, in rows ``index [q]`` of a batch."""
+        """What neurons add ``[q, d_model]`` where the MLP reads `x`, of that shape, in row ``index [q]`` of a batch."""
         used = in_use(self.owner, None if self.withheld is None else self.withheld[index])
         fired = self.fired(self.potentials(x))
         if self.pool == "sum":

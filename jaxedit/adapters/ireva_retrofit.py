@@ -2,9 +2,9 @@
 
 Published, neurons are trained one after another: earlier ones are frozen but take part in the pass, all added up. A
 neuron's loss depends on its own key and value and on what earlier neurons add at its prompt, which is mostly nothing.
-So all neurons of some edits are trained together, what they add to each other's prompts is computed, and as long as that
-is not what they were trained with, they are trained again. A neuron depends on earlier ones alone, so this ends, with the
-keys and values that the published order gives.
+So all neurons of some edits are trained together, what they add to each other's prompts is computed, and as long as
+that is not what they were trained with, they are trained again. A neuron depends on earlier ones alone, so this ends,
+with the keys and values that the published order gives.
 
 Only the prompt's last token changes, and only above the layer: everything else is computed once.
 """
@@ -207,12 +207,11 @@ def _train(params, frozen: Neurons, all_keys, all_values, clean, work: _Work, ba
             own, moments = carry
             grad, terms = jax.grad(loss, has_aux=True)(own, added)
             change, moments = adam.update(grad, moments, own)
-            return (optax.apply_updates(own, change), moments), terms
+            return (jax.tree.map(jnp.add, own, change), moments), terms
 
-        (own, _), log = lax.scan(step, (start, adam.init(start)), None, length=settings.steps)
-        key, value = own
+        ((key, value), _), log = lax.scan(step, (start, adam.init(start)), None, length=settings.steps)
         z = _dot(fixed.s, key.T) - biases
-        return own, log, outer + state.alpha * _dot(jnp.where(before, state.fired(z), 0), value)
+        return (key, value), log, outer + state.alpha * _dot(jnp.where(before, state.fired(z), 0), value)
 
     def moved(was, now):
         return jnp.max(jnp.abs(now - was)) > jnp.finfo(was.dtype).eps * jnp.max(jnp.abs(fixed.out))
@@ -252,7 +251,7 @@ def _prepare(params: Params, config: ModelConfig, work: _Work, index: int, clean
     def pick(h):
         return jnp.take_along_axis(h, work.at[..., None], 1).reshape(b * t, -1)
 
-    at = work.at.reshape(-1, 1)
+    at = jnp.asarray(work.at).reshape(-1, 1)
     item = jnp.arange(work.tokens.shape[1])[None]
     earlier = Context(jnp.broadcast_to(item, (b * t, item.shape[1])), (item < at).astype(jnp.int32))
     past = Past(jnp.repeat(k, t, 1), jnp.repeat(v, t, 1), earlier)
