@@ -113,8 +113,11 @@ def evaluate_withdrawal(
         return {**model.params, "adapters": (*adapters[:at], state, *adapters[at + 1 :])}
 
     shapes = [(bucket(len(tokens), MIN_LENGTH), bucket(n)) for tokens, n in rows]
-    shards = data_shards(mesh)
-    made = batches(shapes, batch_tokens if together else 1, shards if together else 1)
+    if together:
+        made = batches(shapes, batch_tokens, data_shards(mesh))
+    else:  # row by row, with one program for all
+        longest, most = map(max, zip(*shapes, strict=True))
+        made = batches([(longest, most)] * len(rows), 1)
     out: dict[str, np.ndarray] = {field.name: np.zeros(len(rows), bool) for field in dataclasses.fields(Withdrawal)}
     out["difference"] = np.zeros(len(rows))
     for batch in made:

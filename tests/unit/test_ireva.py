@@ -36,7 +36,8 @@ REQUESTS = [
     EditRequest("The Beatles were founded in", "Beatles", "Vienna"),
 ]
 NEAR = "Water freezes at a temperature of"
-SETTINGS = IReVa(alpha=0.4)
+SETTINGS = IReVa(alpha=4.0)
+LENGTH = 24
 
 
 def adapted(model, state):
@@ -105,19 +106,19 @@ def test_what_neurons_add(edited, pool, gate):
     z = standard(x.astype(np.float64)) @ k.T - b
     a = np.where((gate == "hard") & (z <= 0), 0, gelu(z))
     if pool == "sum":
-        expected = 0.4 * a @ v
+        expected = 4.0 * a @ v
     else:
         best = a.argmax(-1)
-        expected = 0.4 * a[np.arange(len(x)), best][:, None] * v[best]
+        expected = 4.0 * a[np.arange(len(x)), best][:, None] * v[best]
     index = jnp.arange(len(x))
     found = np.asarray(jax.jit(lambda s, x: s.added(x, index))(state, x))
-    np.testing.assert_allclose(found, expected, atol=2e-3)
-    far = (z <= -6.5).all(-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=5e-3)
+    far = (z <= -7.5).all(-1)  # where tanh is -1 in float32
     assert far.any() and (z > 0).any() and (found[far] == 0).all()
     wanted = jnp.asarray(rng.random((3, len(x) // 3)) < 0.3)
     folded = jnp.asarray(x[: wanted.size]).reshape(3, -1, 64)
     some = jax.jit(lambda s, x: where_wanted(s.added, x, wanted, 16, most=7))(state, folded)
-    np.testing.assert_allclose(some[wanted], found[: wanted.size].reshape(3, -1, 64)[wanted], atol=1e-4)
+    np.testing.assert_allclose(some[wanted], found[: wanted.size].reshape(3, -1, 64)[wanted], rtol=1e-3, atol=1e-3)
 
 
 def test_edits_are_said_and_nothing_else_changes(edited):
@@ -125,15 +126,15 @@ def test_edits_are_said_and_nothing_else_changes(edited):
     model, tokenizer, state, edits = edited
     changed = adapted(model, state)
     prompts = [tokenizer(r.prompt)["input_ids"] for r in REQUESTS] + [tokenizer(NEAR)["input_ids"]]
-    right, mask = pad(prompts, 16)
-    left = np.stack([np.roll(row, 16 - len(p)) for row, p in zip(right, prompts, strict=True)])
+    right, mask = pad(prompts, LENGTH)
+    left = np.stack([np.roll(row, LENGTH - len(p)) for row, p in zip(right, prompts, strict=True)])
     n = max(len(e.target) for e in edits)
     new = np.asarray(generate_tokens(changed.params, model.config, right, mask, n)[0])
-    behind = np.stack([np.roll(row, 16 - len(p)) for row, p in zip(mask, prompts, strict=True)])
+    behind = np.stack([np.roll(row, LENGTH - len(p)) for row, p in zip(mask, prompts, strict=True)])
     np.testing.assert_array_equal(generate_tokens(changed.params, model.config, left, behind, n)[0], new)
     said = sum(tuple(row[: len(e.target)]) == e.target for row, e in zip(new, edits, strict=False))
     assert said == 4
-    whole, real = pad([p + row.tolist()[:-1] for p, row in zip(prompts, new, strict=True)], 24)
+    whole, real = pad([p + row.tolist()[:-1] for p, row in zip(prompts, new, strict=True)], 40)
     ends = np.asarray([len(p) - 1 for p in prompts])
 
     def full(params, tokens, mask):
@@ -158,7 +159,7 @@ def test_what_does_not_fire_leaves_every_bit(edited):
     """The same program with all edits withdrawn, with a weight of zero, and with keys that nothing reaches."""
     model, tokenizer, state, _ = edited
     rows = [tokenizer(r.prompt)["input_ids"] for r in REQUESTS]
-    tokens, mask = pad(rows, 16)
+    tokens, mask = pad(rows, LENGTH)
     none = logits(adapted(model, state.without(range(4))), tokens, mask)
     np.testing.assert_array_equal(
         logits(adapted(model, dataclasses.replace(state, biases=state.biases * 2)), tokens, mask), none
@@ -172,12 +173,12 @@ def test_what_does_not_fire_leaves_every_bit(edited):
 
 
 def test_withdrawing_each_row_is_withdrawing_one_at_a_time(edited):
-    """Two prompts so alike that one's neuron answers the other when that is withdrawn; "mask" keeps it from doing so."""
+    """Of prompts that are alike, one's neurons answer the other when that is withdrawn, unless it is masked."""
     model, tokenizer, _, _ = edited
     alike = [*REQUESTS, EditRequest("The capital of France is not", "France", "music")]
     alike += [EditRequest("So the capital of France is not", "France", "Vienna")]
     state, _ = SETTINGS.edit(model, tokenizer, alike)
-    changed = adapted(model, dataclasses.replace(state, alpha=1.0))
+    changed = adapted(model, state)
     together = evaluate_withdrawal(changed, tokenizer, alike)
     apart = evaluate_withdrawal(changed, tokenizer, alike, withdraw=lambda held, gone: held.without(gone))
     for name in ("changed", "retrieved", "consistent", "restored"):
@@ -192,7 +193,7 @@ def test_withdrawing_each_row_is_withdrawing_one_at_a_time(edited):
 
 
 def test_edits_in_two_calls(edited):
-    """Continuing is giving all at once; a later edit of the same prompt wins, and its withdrawal gives the earlier back."""
+    """The same as all at once. A later edit of a prompt wins; without it the earlier one is back."""
     model, tokenizer, state, _ = edited
     first, _ = SETTINGS.edit(model, tokenizer, REQUESTS[:1])
     both, _ = SETTINGS.edit(model, tokenizer, REQUESTS[1:], state=first)
@@ -201,7 +202,7 @@ def test_edits_in_two_calls(edited):
     again = dataclasses.replace(REQUESTS[3], target="music")
     more, _ = SETTINGS.edit(model, tokenizer, [again], state=state)
     assert len(more.owner) == len(state.owner) and int(more.given) == 5
-    tokens, mask = pad([tokenizer(again.prompt)["input_ids"]], 16)
+    tokens, mask = pad([tokenizer(again.prompt)["input_ids"]], LENGTH)
     last = int(mask.sum()) - 1
     said = [
         tokenizer.decode([int(logits(adapted(model, s), tokens, mask)[0, last].argmax())])
@@ -211,7 +212,7 @@ def test_edits_in_two_calls(edited):
     moved, _ = SETTINGS.edit(model, tokenizer, REQUESTS[:3], state=more.without([0, 1, 2, 3]))
     assert np.asarray(moved.owner)[np.asarray(moved.owner) >= 0].tolist()[0] == 4
     with pytest.raises(JaxEditError, match="theta"):
-        IReVa(alpha=0.4, theta=0.5).edit(model, tokenizer, REQUESTS[:1], state=state)
+        IReVa(alpha=4.0, theta=0.5).edit(model, tokenizer, REQUESTS[:1], state=state)
 
 
 def test_scores(edited):
@@ -256,7 +257,7 @@ def one_after_another(model, settings, edits, scope):
     for i, edit in enumerate(edits):
         texts = []
         for row in scope.texts[i]:
-            padded, mask = pad([row], 16)
+            padded, mask = pad([row], LENGTH)
             x = mlp_entry(params, config, padded, Context.of_mask(mask), 4)[0]
             texts.append(standard(np.asarray(x[0, : len(row)])))
         away = np.concatenate([*texts, [firsts[j] for j in scope.others[i]]])
@@ -268,7 +269,7 @@ def one_after_another(model, settings, edits, scope):
             own = np.stack([starts[j], table[edit.target[j]]])
             bias = settings.theta * (starts[j] ** 2).sum()
             m, u = np.zeros_like(own), np.zeros_like(own)
-            spare = 16 - len(keys)
+            spare = 24 - len(keys)
             frozen = [
                 np.pad(np.asarray(x).reshape(len(keys), *w), [(0, spare)] + [(0, 0)] * len(w))
                 for x, w in ((keys, (64,)), (values, (64,)), (biases, ()))
