@@ -1,4 +1,4 @@
-"""iReVa (Zhang et al. 2024, "Interpreting and Retrofitting Key-Value Adaptors for Traceable Model Editing"): one neuron
+"""iReVa (Zhu et al. 2024, "Initializing and Retrofitting Key-Value Adaptors for Traceable Model Editing"): one neuron
 for each token of each target, beside the MLP of one layer.
 
 A neuron's key is what the MLP reads at the last token before its target token, standardised; its value is the target
@@ -13,7 +13,7 @@ gives all neurons at once, and their order does not matter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -22,30 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxedit.adapters.rows import append, in_use, latest_best, read_last, where_wanted, withdrawn
+from jaxedit.adapters.ireva_neurons import SETTINGS, Neurons, mlp_entry, standardised
+from jaxedit.adapters.ireva_retrofit import retrofit
+from jaxedit.adapters.rows import append, read_last
 from jaxedit.config import _check, _check_choice
 from jaxedit.data.tokens import CLEAN, validate
 from jaxedit.errors import JaxEditError
 from jaxedit.layer_loop import Progress
 from jaxedit.models.config import ModelConfig
-from jaxedit.models.layers import activation, wide
-from jaxedit.models.sites import Site, answering
+from jaxedit.models.layers import wide
 from jaxedit.models.transformer import (
     Context,
     Decoder,
     Params,
-    attention,
-    attention_added,
-    embed,
-    layer,
-    mlp_input,
-    run,
-    window_of,
 )
 from jaxedit.sharding import over_data
 from jaxedit.types import EditRequest
-
-_FIXED = ("layers", "act", "alpha", "theta", "gate", "pool", "positions")
 
 # Published values; PARAREL was edited with θ = 0.65. The layers of GPT-J and Llama are not published.
 PRESETS: dict[str, dict] = {
@@ -139,7 +131,7 @@ class IReVa:
         index = self.layer_in(config)
         edits = validate(tokenizer, requests, CLEAN, config.max_positions)
         start = self._empty(model, index)
-        if state is not None and (differ := [f for f in _FIXED if getattr(state, f) != getattr(start, f)]):
+        if state is not None and (differ := [f for f in SETTINGS if getattr(state, f) != getattr(start, f)]):
             raise JaxEditError(f"state was made with other settings: its {', '.join(differ)} differ")
         first = 0 if state is None else int(state.given)
         rows = [(edit.contexts[0].tokens, len(edit.target)) for edit in edits]
@@ -157,8 +149,6 @@ class IReVa:
         made = dataclasses.replace(start, **columns, given=jnp.asarray(first + len(edits), jnp.int32))
         trace: dict[str, np.ndarray] = {"neurons": counts}
         if self.retrofit:
-            from jaxedit.adapters.ireva_retrofit import retrofit
-
             made, more = retrofit(self, model, tokenizer, requests, edits, made, keys, seed, on_progress)
             trace |= more
         return made, trace
@@ -173,97 +163,8 @@ class IReVa:
             given=jnp.zeros((), jnp.int32),
             layers=(index,),
             act=model.config.act,
-            **{name: getattr(self, name) for name in _FIXED[2:]},
+            **{name: getattr(self, name) for name in SETTINGS[2:]},
         )
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "biases", "owner", "given", "withheld"],
-    meta_fields=[*_FIXED, "site", "asks", "asks_at"],
-)
-@dataclasses.dataclass(frozen=True)
-class Neurons:
-    """The neurons of all edits, an `Adapter`.
-
-    keys, values ``[n, d_model]``, biases ``[n]``; owner: int32 ``[n]``, which edit a neuron belongs to, -1 where there
-    is none. given: how many edits there were, those withdrawn included. withheld: see `withholding`.
-    The rest as in `IReVa`. Products with keys are float32 (float64) at the highest precision.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    biases: jax.Array
-    owner: jax.Array
-    given: jax.Array
-    layers: tuple[int, ...]
-    act: str
-    alpha: float
-    theta: float
-    gate: str
-    pool: str
-    positions: str
-    withheld: jax.Array | None = None
-    site: Site = "mlp_out"
-    asks: int | None = None
-    asks_at: Site | None = None
-
-    def decide(self, seen, context, carried):
-        """Nothing: whether a neuron fires depends on one token alone."""
-        return None, None
-
-    def change(self, layer, seen, context, decision):
-        """The MLP's output and what neurons add to it."""
-        out, wanted = seen.mlp_out, answering(context, self.positions == "last")
-        add = where_wanted(self.added, seen.mlp_in, wanted, len(self.owner))
-        return jnp.where(wanted[..., None], out.astype(add.dtype) + add, out.astype(add.dtype)).astype(out.dtype)
-
-    def added(self, x: jax.Array, index: jax.Array) -> jax.Array:
-        """What neurons add ``[q, d_model]`` where the MLP reads `x`, of that shape, in row ``index [q]`` of a batch."""
-        used = in_use(self.owner, None if self.withheld is None else self.withheld[index])
-        fired = self.fired(self.potentials(x))
-        if self.pool == "sum":
-            return self.alpha * _product(jnp.where(used, fired, 0), self.values)
-        fired = jnp.where(used, fired, -jnp.inf)
-        best = latest_best(fired)
-        amount = jnp.take_along_axis(fired, best[:, None], 1)
-        return self.alpha * jnp.where(jnp.isfinite(amount), amount, 0) * self.values[best]
-
-    def potentials(self, x: jax.Array) -> jax.Array:
-        """``z [q, n]`` of MLP inputs ``x [q, d_model]``."""
-        return self.potentials_of(standardised(x.astype(self.keys.dtype)))
-
-    def potentials_of(self, s: jax.Array) -> jax.Array:
-        """``z [q, n]`` of MLP inputs that are standardised already."""
-        return _product(s, self.keys.T) - self.biases
-
-    def fired(self, z: jax.Array) -> jax.Array:
-        """``g(z)``, gated."""
-        made = activation(z, self.act)
-        return jnp.where(z > 0, made, 0) if self.gate == "hard" else made
-
-    def without(self, edits: Collection[int], how: Literal["delete", "mask"] = "delete") -> Neurons:
-        """Edits withdrawn, by their numbers. "delete" takes their neurons away. "mask" sets their values to zero
-        (published): such a neuron can still be the one that fires most, and then keeps others from answering."""
-        gone = withdrawn(self.owner, edits)
-        if how == "mask":
-            return dataclasses.replace(self, values=jnp.where(gone[:, None], 0, self.values))
-        return dataclasses.replace(self, owner=jnp.where(gone, -1, self.owner))
-
-    def withholding(self, edits: jax.Array | None) -> Neurons:
-        """For a batch whose row i does without edit ``edits [b]`` (int32): the same as without that edit, for every row
-        at once. See `jaxedit.adapters.rows` for the numbers that mean none and all."""
-        return dataclasses.replace(self, withheld=edits)
-
-
-def standardised(x: jax.Array) -> jax.Array:
-    """``(x - mean) / sqrt(var + 1e-8)`` over features, with the sample variance: ‖·‖² is d - 1."""
-    x = x - x.mean(-1, keepdims=True)
-    return x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) / (x.shape[-1] - 1) + 1e-8)
-
-
-def _product(x, w):
-    return jnp.matmul(x, w, precision="highest")
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "index"))
@@ -274,12 +175,3 @@ def _keys(params: Params, config: ModelConfig, tokens, mask, at, mesh: Mesh | No
         return standardised(x.astype(wide(x.dtype)))
 
     return over_data(share, mesh)(params, tokens, mask, at)
-
-
-def mlp_entry(params: Params, config: ModelConfig, tokens, context: Context, index: int):
-    """What the MLP of layer `index` reads, and the stream that its output is added to, ``[b, s, d_model]``."""
-    h = run(params, config, embed(params, config, tokens, context), context, 0, index)
-    p = layer(params, index)
-    attended = attention(p, config, h, context, window_of(config, index))[0]
-    stream = h + attention_added(p, config, attended)
-    return mlp_input(p, config, h, stream), stream

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxedit.adapters.ireva import IReVa, Neurons, mlp_entry, standardised
+from jaxedit.adapters.ireva_neurons import Neurons, mlp_entry, standardised
 from jaxedit.data.tokens import EditTokens, encode
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.batching import MIN_LENGTH, bucket, pad
@@ -43,6 +43,7 @@ from jaxedit.models.transformer import (
 from jaxedit.types import EditRequest
 
 if TYPE_CHECKING:
+    from jaxedit.adapters.ireva import IReVa
     from jaxedit.layer_loop import Progress
 
 TEXTS, OTHERS = 4, 6  # out of scope, an edit: two texts from nothing and two about the subject; prompts of other edits

@@ -1,4 +1,4 @@
-"""What edits by an adapter achieve, and whether each can be taken back: the metrics of iReVa (Zhang et al. 2024, 6.2).
+"""What edits by an adapter achieve, and whether each can be taken back: the metrics of iReVa (Zhu et al. 2024, 6.2).
 
 For edit i, with p(f) the likeliest tokens that f predicts in the places of its target's tokens, f the model without
 edits, f* with all and f*₋ᵢ with all but this one:

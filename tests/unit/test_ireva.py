@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxedit.adapters.ireva import IReVa, mlp_entry
+from jaxedit.adapters.ireva import IReVa
+from jaxedit.adapters.ireva_neurons import mlp_entry
 from jaxedit.adapters.ireva_retrofit import out_of_scope
 from jaxedit.adapters.rows import where_wanted
 from jaxedit.data.tokens import CLEAN, validate
