@@ -38,13 +38,15 @@ def widened(x: np.ndarray, rows: int, fill) -> np.ndarray:
 def nearest(queries, keys, live) -> tuple[jax.Array, jax.Array]:
     """The nearest live key of each query, the first among equals, and how far it is: int32 and float ``[n]``.
 
-    queries ``[n, d]``, keys ``[m, d]``, live: boolean ``[m]``. Where no key is live the distance is infinite.
+    queries ``[n, d]``, keys ``[m, d]``, live: boolean ``[m]``, or ``[n, m]`` where it is not the same for all queries.
+    Where no key is live the distance is infinite.
     """
     queries = queries.astype(keys.dtype)
-    closeness = jnp.where(live, -_rough(queries, keys), -jnp.inf)
-    _, at = lax.top_k(closeness, min(CANDIDATES, len(keys)))
+    rough = _rough(queries, keys)
+    live = jnp.broadcast_to(live, rough.shape)
+    _, at = lax.top_k(jnp.where(live, -rough, -jnp.inf), min(CANDIDATES, len(keys)))
     apart = queries[:, None] - keys[at]
-    distance = jnp.where(live[at], jnp.sqrt(jnp.sum(apart * apart, -1)), jnp.inf)
+    distance = jnp.where(jnp.take_along_axis(live, at, 1), jnp.sqrt(jnp.sum(apart * apart, -1)), jnp.inf)
     least = distance.min(-1)
     return jnp.where(distance == least[:, None], at, len(keys)).min(-1).astype(jnp.int32), least
 

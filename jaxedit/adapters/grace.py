@@ -24,7 +24,9 @@ from jaxedit.adapters.training import (
     answer_batches,
     answers_above,
     at_asks,
+    at_ends,
     descend,
+    into,
     nll_above,
     tokenised,
 )
@@ -38,15 +40,8 @@ from jaxedit.models.transformer import (
     Context,
     Decoder,
     after_mlp,
-    attention,
-    attention_added,
-    embed,
-    key_of_input,
     layer,
-    mlp_input,
     mlp_output,
-    run,
-    window_of,
 )
 from jaxedit.types import EditRequest
 
@@ -303,35 +298,21 @@ def _standing(value, linear: Linear, act: str):
     return activation(value, act) if linear == "up" else value
 
 
-def _into(params, config: ModelConfig, rows: Answers, index: int):
-    """What a layer makes of rows: the stream, its MLP's input, and its key."""
-    h = run(params, config, embed(params, config, rows.tokens, rows.context), rows.context, 0, index)
-    p = layer(params, index)
-    attended, _, _ = attention(p, config, h, rows.context, window_of(config, index))
-    stream = h + attention_added(p, config, attended)
-    x = mlp_input(p, config, h, stream)
-    return stream, x, key_of_input(p, config, x)
-
-
-def _at_ends(x, rows: Answers):
-    return jnp.take_along_axis(x, rows.ends[:, None, None], 1)[:, 0]
-
-
 @partial(jax.jit, static_argnames=("config", "index", "linear"))
 def _queries(params, config: ModelConfig, rows: Answers, index: int, linear: Linear):
     """Queries ``[n, d_in]``."""
-    _, x, key = _into(params, config, rows, index)
-    return _at_ends(x if linear == "up" else key, rows)
+    _, x, key = into(params, config, rows, index)
+    return at_ends(x if linear == "up" else key, rows)
 
 
 @partial(jax.jit, static_argnames=("config", "settings", "index"))
 def _train_values(params, config: ModelConfig, rows: Answers, values, fresh, settings: Grace, index: int):
     """Values ``[n, d_out]`` of as many rows of the codebook, trained; see `descend`."""
-    stream, x, key = _into(params, config, rows, index)
+    stream, x, key = into(params, config, rows, index)
     p, up = layer(params, index), settings.linear == "up"
     out = mlp_output(p, key)
     if settings.start == "warm":
-        now = _at_ends(linear(x, p["up"]) if up else out, rows)
+        now = at_ends(linear(x, p["up"]) if up else out, rows)
         values = jnp.where(fresh[:, None], now.astype(values.dtype), values)
     stands, here = key if up else out, jnp.arange(out.shape[1])[None]
 

@@ -16,7 +16,22 @@ from jaxedit.data.tokens import CLEAN, EditTokens, validate
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.batching import MIN_LENGTH, Batch, batches, bucket, pad
 from jaxedit.models.config import ModelConfig
-from jaxedit.models.transformer import Context, Decoder, Params, Past, run, run_and_keep, unembed
+from jaxedit.models.transformer import (
+    Context,
+    Decoder,
+    Params,
+    Past,
+    attention,
+    attention_added,
+    embed,
+    key_of_input,
+    layer,
+    mlp_input,
+    run,
+    run_and_keep,
+    unembed,
+    window_of,
+)
 from jaxedit.types import EditRequest
 
 TOKENS = 4096  # of a program
@@ -44,12 +59,12 @@ class Answers:
         return Context.of_mask(self.mask).ending(self.ends)
 
 
-def tokenised(model: Decoder, tokenizer, requests: Sequence[EditRequest]) -> list[EditTokens]:
+def tokenised(model: Decoder, tokenizer, requests: Sequence[EditRequest], templates=CLEAN) -> list[EditTokens]:
     """Requests as tokens. Raises RequestError where one cannot be carried out, JaxEditError for a model with
     adapters."""
     if model.params.get("adapters"):
         raise JaxEditError("an adapter is trained on the model without any; pass the host, and the state to go on from")
-    return validate(tokenizer, requests, CLEAN, model.config.max_positions)
+    return validate(tokenizer, requests, templates, model.config.max_positions)
 
 
 def prompt_length(edit: EditTokens) -> int:
@@ -69,6 +84,21 @@ def answers(edits: Sequence[EditTokens], length: int, most: int) -> Answers:
     ends = np.asarray([prompt_length(e) - 1 for e in edits], np.int32)
     asks = np.minimum(ends[:, None] + np.arange(most, dtype=np.int32), length - 1)
     return Answers(*map(jnp.asarray, (tokens, mask, ends, asks, targets, real)))
+
+
+def into(params: Params, config: ModelConfig, rows: Answers, index: int):
+    """What a layer makes of rows: the stream, its MLP's input, and its key."""
+    h = run(params, config, embed(params, config, rows.tokens, rows.context), rows.context, 0, index)
+    p = layer(params, index)
+    attended, _, _ = attention(p, config, h, rows.context, window_of(config, index))
+    stream = h + attention_added(p, config, attended)
+    x = mlp_input(p, config, h, stream)
+    return stream, x, key_of_input(p, config, x)
+
+
+def at_ends(x, rows: Answers):
+    """What stands at the prompts' last tokens, of ``x [n, s, d]``."""
+    return jnp.take_along_axis(x, rows.ends[:, None, None], 1)[:, 0]
 
 
 def nll(params: Params, config: ModelConfig, h, rows: Answers):

