@@ -3,6 +3,9 @@
 Wang et al., "WISE: rethinking the knowledge memory for lifelong model editing" (2024). A side memory is a change D of
 the second projection W of one layer's MLP, and W stays as it is. Every shard of edits trains a random share of D's
 entries; shards are merged in turn. An input is given the memory that moves it furthest, if that is far enough.
+
+How far is a mean over the tokens of the prompt alone, in training too, so that the answer does not depend on what is
+generated; and it is compared with how far the edits' own prompts were moved, without a context.
 """
 
 from __future__ import annotations
@@ -226,7 +229,7 @@ class Wise:
         model: the host, without adapters. state: the memories to go on from, of which one that is not full is gone on
         with. seed: of contexts, and, with the number of its first edit, of a new memory's entries.
         Returns the memories and, of each request, "steps", the updates made; "losses" ``[n, steps]`` before each (NaN
-        beyond them); and "distance", how far its prompts are moved on average when it is done.
+        beyond them); and "distance", how far its prompt alone is moved when it is done.
 
         Raises RequestError where a request cannot be carried out, JaxEditError where the settings do not fit the
         model or the state.
@@ -282,7 +285,7 @@ def _entries(seed, shape: tuple[int, int], share: float):
 
 @partial(jax.jit, static_argnames=("config", "settings", "index"))
 def _write(params, config: ModelConfig, rows: Answers, delta, entries, settings: Wise, index: int):
-    """D after one edit, the mean distance of its rows, losses and the number of updates. The last row is unrelated."""
+    """D after one edit, how far its first row is moved, losses, and the number of updates. The last is unrelated."""
     stream, _, key = into(params, config, rows, index)
     p = layer(params, index)
     out = mlp_output(p, key)
@@ -314,7 +317,7 @@ def _write(params, config: ModelConfig, rows: Answers, delta, entries, settings:
         stop=stop,
         project=lambda x: jnp.clip(x, -settings.limit, settings.limit),
     )
-    return made[0], distances(_moved(key, made[0]))[:-1].mean(), log[0], count[0]
+    return made[0], distances(_moved(key, made[0]))[0], log[0], count[0]
 
 
 def _hinge(x):

@@ -14,7 +14,7 @@ def with_adapters(model: Decoder, *adapters) -> Decoder:
 
 
 @partial(jax.jit, static_argnames=("config",))
-def _logits(params, config, tokens, mask, ends):
+def adapted_logits(params, config, tokens, mask, ends):
     context = Context.of_mask(mask).ending(ends)
     return unembed(
         params, config, run(params, config, embed(params, config, tokens, context), context, 0, config.n_layer)
@@ -30,7 +30,7 @@ def logits(
     starts = [length - len(row) if left else 0 for row in rows]
     for i, (row, at) in enumerate(zip(rows, starts, strict=True)):
         tokens[i, at : at + len(row)], mask[i, at : at + len(row)] = row, 1
-    out = np.asarray(_logits(model.params, model.config, tokens, mask, np.asarray(ends) + np.asarray(starts)))
+    out = np.asarray(adapted_logits(model.params, model.config, tokens, mask, np.asarray(ends) + np.asarray(starts)))
     return [out[i, at : at + len(row)] for i, (row, at) in enumerate(zip(rows, starts, strict=True))]
 
 

@@ -3,16 +3,27 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_adapters import greedy, logits, prompts_of, same_bits, target_nll, trees_equal, with_adapters
+from helpers_adapters import (
+    adapted_logits,
+    greedy,
+    logits,
+    prompts_of,
+    same_bits,
+    target_nll,
+    trees_equal,
+    with_adapters,
+)
 
-from jaxedit.adapters.codebook import Distances, nearest
+from jaxedit.adapters.codebook import Distances, decide_at_ends, nearest
 from jaxedit.adapters.grace import Grace, rounds
 from jaxedit.adapters.grace_book import GAP, SLACK, Book
 from jaxedit.data.requests import read_requests
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.generation import continue_rows
+from jaxedit.models.transformer import Context
 
 QUICK = Grace(layer=3, radius=0.5, steps=8, lr=0.5, include_query=True)
 
@@ -130,6 +141,22 @@ def test_nearest_key_is_found_where_a_product_alone_would_err():
     np.testing.assert_allclose(distance, expected[np.arange(20), row], rtol=1e-3)
 
 
+def test_only_the_prompts_last_token_is_asked():
+    queries = jnp.arange(12).reshape(2, 6, 1)
+    ask = jax.jit(lambda c, carried: decide_at_ends(lambda q: q[:, 0].astype(jnp.int32), queries, c, carried))
+    context = Context.of_mask(np.ones((2, 6), np.int32))
+    for ends in ([[3] * 6, [5] * 6], [[1, 1, 4, 4, 4, 5], [5] * 6]):
+        known, carry = ask(context.ending(jnp.asarray(ends)), None)
+        assert known.tolist() == [ends[0], [6 + e for e in ends[1]]]
+        assert carry.tolist() == [ends[0][-1], 6 + ends[1][-1]]
+    assert ask(context, None)[0].tolist() == np.arange(12).reshape(2, 6).tolist()
+    carried = jnp.asarray([70, 80])
+    assert ask(context.ending([-1, -1]), carried)[0].tolist() == [[70] * 6, [80] * 6]
+    assert ask(context.ending([-1, 2]), carried)[0].tolist() == [[70] * 6, [8] * 6]
+    mixed = jnp.asarray([[-1, -1, 3, 3, 3, 3], [-1] * 6])
+    assert ask(context.ending(mixed), carried)[0].tolist() == [[70, 70, 3, 3, 3, 3], [80] * 6]
+
+
 def test_edits_of_one_row_take_turns():
     assert [r.tolist() for r in rounds(np.asarray([0, 1, 0, 2, 1, 0]))] == [[0, 1, 3], [2, 4], [5]]
 
@@ -226,12 +253,10 @@ def test_first_projection_and_last_token(tiny, goldens):
 def test_a_state_of_the_same_size_runs_the_same_program(edited, llama):
     model, tokenizer, requests = llama
     rows, ends = prompts_of(tokenizer, requests)
-    from helpers_adapters import _logits
-
     logits(with_adapters(model, edited[0]), rows, ends)
-    before = _logits._cache_size()
+    before = adapted_logits._cache_size()
     logits(with_adapters(model, edited[0].without([1])), rows, ends)
-    assert _logits._cache_size() == before
+    assert adapted_logits._cache_size() == before
     assert trees_equal(edited[0].without([]), edited[0])
 
 
