@@ -30,11 +30,11 @@ def run(model, tokenizer, requests, stats, name: str, size: int, texts) -> dict[
 
     def look(step: je.StreamStep, result: je.EditResult):
         some = requests[step.edits - size : step.edits]
-        fresh.append(je.evaluate(model, result.model, tokenizer, some, max_neighbours=2).edited)
+        fresh.append(je.evaluate(model, result.model, tokenizer, some, max_neighbours=1).edited)
         print(f"{name:14s} {step.edits:4d} edits  {step.seconds:6.1f} s  perplexity x {step.ratio:.3f}", flush=True)
 
     stream = je.edit_stream(model, tokenizer, batches, method, stats=stats, guard=guard, on_step=look)
-    kept = [je.evaluate(model, stream.model, tokenizer, some, max_neighbours=2).edited for some in batches]
+    kept = [je.evaluate(model, stream.model, tokenizer, some, max_neighbours=1).edited for some in batches]
     seconds = [s.seconds for s in stream.steps]
     later = seconds[1:]
     found = {

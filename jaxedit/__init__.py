@@ -13,8 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxedit.analysis.jacobian import average_jacobian, jacobian, passive, stretch
     from jaxedit.analysis.plots import plot_trace
     from jaxedit.analysis.record import Trace
+    from jaxedit.analysis.spread_plots import plot_spread
+    from jaxedit.analysis.spreading import Premises, StepSizes, Walk, premises, step_sizes, walk
+    from jaxedit.analysis.study import Spread, spread
     from jaxedit.analysis.suggest import read_preset, suggest_layers, tune, write_preset
     from jaxedit.analysis.tracing import trace
     from jaxedit.config import (
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
         BackwardSpread,
         EqualityConstrained,
         ForwardReplay,
+        JacobianSpread,
         Method,
         NeuronSubset,
         NullSpace,
@@ -56,6 +61,7 @@ if TYPE_CHECKING:
     from jaxedit.info import EditInfo, LayerInfo
     from jaxedit.ledger import Ledger
     from jaxedit.models.hub import load, save
+    from jaxedit.models.stretch import Stretch, pull, push
     from jaxedit.models.transformer import Decoder, hidden_states, logits
     from jaxedit.presets import METHODS, method_for
     from jaxedit.sharding import make_mesh
@@ -70,12 +76,16 @@ if TYPE_CHECKING:
 
 # Module to the names that come from it, the same as above.
 _MODULES = {
+    "analysis.jacobian": "average_jacobian jacobian passive stretch",
     "analysis.plots": "plot_trace",
     "analysis.record": "Trace",
+    "analysis.spread_plots": "plot_spread",
+    "analysis.spreading": "Premises StepSizes Walk premises step_sizes walk",
+    "analysis.study": "Spread spread",
     "analysis.suggest": "read_preset suggest_layers tune write_preset",
     "analysis.tracing": "trace",
-    "config": "AnchorConfig BackwardSpread EqualityConstrained ForwardReplay Method NeuronSubset "
-    "NullSpace PerLayer RelativeSparsify Ridge SpectralClamp SpectralSparsify",
+    "config": "AnchorConfig BackwardSpread EqualityConstrained ForwardReplay JacobianSpread Method "
+    "NeuronSubset NullSpace PerLayer RelativeSparsify Ridge SpectralClamp SpectralSparsify",
     "data.counterfact": "read_references",
     "data.facts": "Fact facts_from_requests read_known_facts",
     "data.knowedit": "read_knowedit",
@@ -100,6 +110,7 @@ _MODULES = {
     "info": "EditInfo LayerInfo",
     "ledger": "Ledger",
     "models.hub": "load save",
+    "models.stretch": "Stretch pull push",
     "models.transformer": "Decoder hidden_states logits",
     "presets": "METHODS method_for",
     "sharding": "make_mesh",
@@ -129,6 +140,7 @@ __all__ = [
     "Fact",
     "ForwardReplay",
     "HyperParameters",
+    "JacobianSpread",
     "JaxEditError",
     "LayerInfo",
     "Ledger",
@@ -141,6 +153,7 @@ __all__ = [
     "PatchError",
     "PerLayer",
     "PerplexityProbe",
+    "Premises",
     "RelativeSparsify",
     "Report",
     "RequestError",
@@ -149,15 +162,20 @@ __all__ = [
     "SecondMoments",
     "SpectralClamp",
     "SpectralSparsify",
+    "Spread",
     "StatisticsError",
+    "StepSizes",
     "StreamResult",
     "StreamStep",
+    "Stretch",
     "Targets",
     "Trace",
+    "Walk",
     "apply_edits",
     "apply_groups",
     "apply_lora",
     "apply_patch",
+    "average_jacobian",
     "check_lora",
     "edit_stream",
     "evaluate",
@@ -170,15 +188,21 @@ __all__ = [
     "fluency",
     "generate",
     "hidden_states",
+    "jacobian",
     "load",
     "load_lora",
     "logits",
     "make_mesh",
     "merge_patches",
     "method_for",
+    "passive",
     "perplexity",
+    "plot_spread",
     "plot_trace",
+    "premises",
     "prepare",
+    "pull",
+    "push",
     "read_hyperparameters",
     "read_knowedit",
     "read_known_facts",
@@ -190,10 +214,14 @@ __all__ = [
     "save",
     "save_lora",
     "second_moments",
+    "spread",
+    "step_sizes",
+    "stretch",
     "suggest_layers",
     "targets",
     "trace",
     "tune",
+    "walk",
     "withdraw_patch",
     "write_preset",
 ]
