@@ -55,19 +55,20 @@ def stream(made: dict[str, Any]) -> str:
         ("method", "efficacy accuracy, fresh", "in the end", "paraphrase success, fresh", "in the end")
         + ("perplexity, times", "seconds, first and last batches", "ratio")
     ]
-    for row in made["rows"]:
+    for name, row in made.items():
         pairs = [percent(float(np.mean(row[k][m]))) for m in (MEASURES[1], MEASURES[2]) for k in ("fresh", "kept")]
         seconds = row["seconds"]
-        first, last = np.median(seconds[1:4]), np.median(seconds[-3:])
-        times = (f"{first:.1f}, {last:.1f}", f"{row['last_to_first']:.2f}")
-        rows.append((row["method"], *pairs, f"{row['perplexity_ratio'][-1]:.3f}", *times))
-    batches = len(made["rows"][0]["seconds"])
+        early, late = np.median(seconds[1:4]), np.median(seconds[-3:])
+        times = (f"{early:.1f}, {late:.1f}", f"{row['last_to_first']:.2f}")
+        rows.append((name, *pairs, f"{row['perplexity_ratio'][-1]:.3f}", *times))
+    some = next(iter(made.values()))
+    batches, size, model = len(some["seconds"]), some["size"], some["model"]
     return "\n\n".join(
         [
-            f"## A stream of {batches} batches of {made['size']} edits, {made['model']}",
-            f"`python benchmarks/stream.py counterfact.json --first {made['first']} --batches {batches} --size "
-            f"{made['size']}`. *fresh*: right after a batch was written; *in the end*: of all batches, after the last. "
-            "Seconds: medians of three batches, the very first left out, which compiles.",
+            f"## A stream of {batches} batches of {size} edits, {model}",
+            f"`python benchmarks/stream.py counterfact.json --first {some['first']} --batches {batches} --size {size}`. "
+            "*fresh*: right after a batch was written; *in the end*: of all batches, after the last. Seconds: medians "
+            "of three batches, the very first left out, which compiles.",
             markdown_table(rows),
         ]
     )
