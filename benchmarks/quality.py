@@ -66,9 +66,9 @@ def stream(made: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"## A stream of {batches} batches of {size} edits, {model}",
-            f"`python benchmarks/stream.py counterfact.json --first {some['first']} --batches {batches} --size {size}`. "
-            "*fresh*: right after a batch was written; *in the end*: of all batches, after the last. Seconds: medians "
-            "of three batches, the very first left out, which compiles.",
+            f"`python benchmarks/stream.py counterfact.json --first {some['first']} --batches {batches} "
+            f"--size {size}`. *fresh*: right after a batch was written; *in the end*: of all batches, after the "
+            "last. Seconds: medians of three batches, the very first left out, which compiles.",
             markdown_table(rows),
         ]
     )
