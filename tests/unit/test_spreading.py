@@ -1,6 +1,7 @@
 """What becomes of an edit on its way up, and the premises of the spreading theorems (FE, §4), on tiny models."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -16,6 +17,7 @@ from jaxedit.analysis.study import spread
 from jaxedit.errors import JaxEditError
 from jaxedit.targets.pull_back import least_change
 
+NAMES = ("tiny-llama", "tiny-gpt2", "tiny-gptj")
 LAYERS = (1, 2, 3, 4)
 TEMPLATES = ["{}"]
 
@@ -34,49 +36,62 @@ def made(tiny, goldens):
 
 @pytest.fixture(scope="module")
 def studies(made):
-    """The whole study of each tiny model, made once."""
-    found = {}
+    """``studies(name, cov_weight, methods)``: the study of a tiny model, made once."""
 
-    def study(name: str):
-        if name not in found:
-            model, tokenizer, requests, stats = made(name)
-            methods = [
-                dataclasses.replace(je.method_for(m, model.config, LAYERS), solver=je.Ridge(cov_weight=2.0))
-                for m in ("memit", "memit_no_divide", "one_layer", "fe", "jacobian_spread")
-            ]
-            found[name] = spread(model, tokenizer, requests, methods, stats=stats, templates=TEMPLATES)
-        return found[name]
+    @functools.cache
+    def study(name: str, cov_weight: float, methods: tuple[str, ...]):
+        model, tokenizer, requests, stats = made(name)
+        solver = je.Ridge(cov_weight=cov_weight)
+        chosen = [dataclasses.replace(je.method_for(m, model.config, LAYERS), solver=solver) for m in methods]
+        return spread(model, tokenizer, requests, chosen, stats=stats, templates=TEMPLATES)
 
     return study
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "tiny-gptj"])
-def test_the_papers_tables(studies, name):
-    """Table 1: the cosine rises towards the last layer, where it is 1. Table 2: dividing leaves most of the residual to
-    the last layers, one layer alone leaves more than all. Table 5: FE's residual falls with every layer."""
-    found = studies(name)
-    cosines = found.walks["memit"].cosine.mean(1)
-    assert (np.diff(cosines) > 0).all() and cosines[-1] == pytest.approx(1, abs=1e-4)
+@pytest.fixture(scope="module")
+def strong(studies):
+    """Edits that take: next to nothing remains in the end."""
+    return lambda name: studies(name, 50.0, ("memit", "memit_no_divide", "one_layer", "fe"))
+
+
+@pytest.fixture(scope="module")
+def gentle(studies):
+    """Steps so small that J says what they become."""
+    return lambda name: studies(name, 15_000.0, ("memit_no_divide", "jacobian_spread"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_table_one(gentle, name):
+    """The cosine rises towards the last layer, where it is 1."""
+    cosines = gentle(name).walks["memit_no_divide"].cosine.mean(1)
+    assert (np.diff(cosines) > 0.01).all() and cosines[0] < 0.9 and cosines[-1] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_two_and_five(strong, name):
+    """Dividing leaves most of the residual to the last layers, one layer alone leaves more than all of them, and FE's
+    residual falls with every layer, most of it at the first."""
+    found = strong(name)
     divided, whole, alone, replayed = (
         found.walks[m].remaining.mean(1) for m in ("memit", "memit_no_divide", "one_layer", "fe")
     )
-    assert 1 - divided[0] < (divided[-2] - divided[-1])  # the lowest layer does less than the last
-    assert alone[-1] > divided[-1]
-    assert (np.diff(np.concatenate([[1.0], replayed])) < 0).all()
-    assert replayed[-1] < divided[-1] and whole[-1] < divided[-1]
-    text = found.table()
-    for part in ("memit_no_divide", "smallest eigenvalue", "layer 4", "jacobian_spread"):
-        assert part in text
+    assert divided[0] > 0.75 and divided[-2] > 0.4 and divided[-1] < 0.1
+    assert replayed[0] < 0.5 and (np.diff(replayed) < 0).all()
+    assert replayed[-1] < divided[-1] < alone[-1] and whole[-1] < divided[-1]
     assert list(found.below) == [(4,), (3, 4), (2, 3, 4), (1, 2, 3, 4)]
     assert found.below[4,] == pytest.approx(alone[-1], rel=1e-4)
+    assert (np.diff(list(found.below.values())) < 0).all()
+    text = found.table()
+    for part in ("memit_no_divide", "smallest eigenvalue", "layer 4"):
+        assert part in text
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "tiny-gptj"])
-def test_the_theorems(studies, name):
+@pytest.mark.parametrize("name", NAMES)
+def test_the_theorems(strong, name):
     """Wherever the symmetric part is positive definite every tested direction has a positive cosine; nowhere is δ an
     eigenvector."""
-    p = studies(name).premises
+    p = strong(name).premises
     assert p.violations.sum() == 0 and p.definite.shape == (3, 6) and p.random_cosine.shape == (3, 6, 32)
     assert (p.random_cosine >= p.smallest[..., None] * 0 - 1).all()
     assert (p.misfit > 0.05).all() and (p.eigenvector_cosine < 0.999).all()
@@ -169,11 +184,11 @@ def push_all(dense, v):
     return np.einsum("nij,nj->ni", dense, np.asarray(v))
 
 
-def test_jacobian_spread_aims_better_than_spreading(studies):
-    """What a layer's change becomes points more at the residual where it was made to."""
-    for name in ("tiny-llama", "tiny-gpt2", "tiny-gptj"):
-        found = studies(name).walks
-        assert (found["jacobian_spread"].aim.mean(1)[:-1] > found["memit_no_divide"].aim.mean(1)[:-1]).all()
+@pytest.mark.parametrize("name", NAMES)
+def test_jacobian_spread_aims_better_than_spreading(gentle, name):
+    """What a layer's change becomes points more at the residual that it was made for."""
+    found = gentle(name).walks
+    assert (found["jacobian_spread"].aim.mean(1)[:-1] > found["memit_no_divide"].aim.mean(1)[:-1] + 0.02).all()
 
 
 def test_jacobian_spread_of_one_layer_is_memit(made):
@@ -182,7 +197,7 @@ def test_jacobian_spread_of_one_layer_is_memit(made):
     for strategy in (je.JacobianSpread(), je.BackwardSpread()):
         method = je.Method(name="one", targets=strategy, layers=(3,), anchor=je.AnchorConfig(steps=3))
         results.append(je.apply_edits(model, tokenizer, requests, method, stats=stats, templates=TEMPLATES))
-    one, other = (r.patch.updates[3].dense() for r in results)
+    one, other = (r.patch.deltas[3].dense() for r in results)
     assert np.array_equal(one, other)
 
 
