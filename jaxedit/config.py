@@ -112,7 +112,7 @@ class JacobianSpread(BackwardSpread):
     """
 
     divide: bool | str = False
-    damping: float = 0.1
+    damping: float = 1.0
     iterations: int = 10
 
     def __post_init__(self):
