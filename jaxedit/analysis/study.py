@@ -29,7 +29,7 @@ METHODS = ("memit", "memit_no_divide", "one_layer", "fe")
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """walks: by method, what each layer's edit did. studied: the first method that spreads a residual over several
+    """walks, targets: by method, what each layer's edit did, and what it was aimed at. studied: the first method that spreads a residual over several
     layers, whose edit the rest is of; None, and the rest empty, where there is none. premises: of the two theorems at
     its layers below the last. steps: for each of these, steering by parts of its residual on the unedited model.
     below: what remains at its last layer when only the uppermost 1, 2, … layers are edited, mean over the edits."""
@@ -40,6 +40,7 @@ class Spread:
     premises: Premises | None
     steps: tuple[StepSizes, ...]
     below: dict[tuple[int, ...], float]
+    targets: dict[str, Targets]
 
     def to_dict(self) -> dict[str, Any]:
         """Means over the edits, as plain data for JSON; None for what is not a number."""
@@ -162,10 +163,11 @@ def spread(
             templates=templates,
             on_progress=on_progress,
         )
+    aims = {name: found[_anchors_of(method)] for name, method in chosen.items()}
     walks = {name: walk(model, tokenizer, requests, result) for name, result in results.items()}
     spreads = [n for n, m in chosen.items() if isinstance(m.targets, BackwardSpread) and len(m.layers) > 1]
     if not spreads:
-        return Spread(every, walks, None, None, (), {})
+        return Spread(every, walks, None, None, (), {}, aims)
     studied = spreads[0]
     method, result = chosen[studied], results[studied]
     asked = premises(model, tokenizer, requests, result, directions=directions, seed=seed)
@@ -186,7 +188,7 @@ def spread(
             model, tokenizer, requests, fewer, stats=stats, targets=found[_anchors_of(method)], templates=templates
         )
         below[fewer.layers] = float(result.info.layers[-1].residual_after)
-    return Spread(every, walks, studied, asked, steps, dict(reversed(below.items())))
+    return Spread(every, walks, studied, asked, steps, dict(reversed(below.items())), aims)
 
 
 def _anchors_of(method: Method) -> tuple:
