@@ -33,7 +33,6 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-_SECONDS = 1800  # that a cell may take
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -69,11 +68,12 @@ def with_parameters(notebook: nbformat.NotebookNode, values: Mapping[str, Any]) 
     return notebook
 
 
-def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
+def execute(notebook: nbformat.NotebookNode, folder: Path, timeout: int | None = None) -> nbformat.NotebookNode:
     """Run a copy in `folder` and return it, cleaned.
 
-    The kernel is this interpreter, with this process's environment, and imports jaxedit from this checkout. Raises
-    nbclient's CellExecutionError, which shows the cell and its traceback, where one fails.
+    timeout: seconds that a cell may take, by default any number. The kernel is this interpreter, with this process's
+    environment, and imports jaxedit from this checkout. Raises nbclient's CellExecutionError, which shows the cell and
+    its traceback, where one fails.
     """
     notebook = copy.deepcopy(notebook)
     paths = [str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")]
@@ -82,7 +82,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookN
     client = NotebookClient(
         notebook,
         km=kernels,
-        timeout=_SECONDS,
+        timeout=timeout,
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},

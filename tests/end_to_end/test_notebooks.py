@@ -49,7 +49,7 @@ def texts(cell):
 def test_runs_on_a_tiny_model(path, goldens, tmp_path):
     model, committed = goldens / "tiny-llama", refresh.read(path)
     values = {"MODEL": str(model), "REQUESTS": str(model / "facts.json"), "QUICK": True}
-    ran = refresh.execute(refresh.with_parameters(committed, values), tmp_path)
+    ran = refresh.execute(refresh.with_parameters(committed, values), tmp_path, timeout=300)
     assert [kinds(c) for c in code(ran)] == [kinds(c) for c in code(committed)], "refresh the committed outputs"
 
 
