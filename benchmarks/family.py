@@ -4,13 +4,15 @@
 
 Anchors are found once for all methods that have the same ones, which is also how the seconds are given: of the anchors
 of that kind, and of everything else. Methods that make edits one at a time find anchors as they go. Rates are of the
-edited model, `base` of the unedited one. --set changes a preset, as in ``--set alphaedit.l2=1``.
+edited model, `base` of the unedited one. --set changes a preset, as in ``--set alphaedit.l2=1``. Tables of other files
+that --out holds already stay there.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +67,17 @@ def main():
     parser.add_argument("--set", nargs="+", default=[], metavar="METHOD.FIELD=VALUE")
     parser.add_argument("--out", type=Path, help="where to write the results as JSON")
     args = parser.parse_args()
-    tables: dict[str, list[dict]] = {}
-    about = {"machine": common.machine(), "model": args.model, "first": args.first, "count": args.count}
+    tables = json.loads(args.out.read_text(encoding="utf-8")) if args.out is not None and args.out.exists() else {}
+    about = {name: getattr(args, name) for name in ("model", "first", "count", "tokens", "neighbours")}
+    about |= {"machine": common.machine(), "changes": args.set}
     for file in args.requests:
         given = argparse.Namespace(**{**vars(args), "requests": file})
         model, tokenizer, requests, stats = common.prepare(given, None)
         print(f"\n{Path(file).name}: {len(requests)} edits")
         changes = read_changes(args.set)
-        tables[Path(file).name] = run(model, tokenizer, requests, stats, args.methods, changes, args.neighbours)
-        common.write(args.out, {**about, "tokens": args.tokens, "changes": args.set, "tables": tables})
+        rows = run(model, tokenizer, requests, stats, args.methods, changes, args.neighbours)
+        tables[Path(file).name] = {**about, "rows": rows}
+        common.write(args.out, tables)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@
 Each method edits the same batches, with the keys of earlier ones protected. Perplexity is measured after each batch;
 give --texts for text that the second moments have not seen, the packaged corpus is used for those. Retention is
 measured at the end, of every batch's edits. Seconds are of the edit alone, compilation included where there is any.
+Other methods that --out holds already stay there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,14 @@ def run(model, tokenizer, requests, stats, name: str, size: int, texts) -> dict[
 
     def look(step: je.StreamStep, result: je.EditResult):
         some = requests[step.edits - size : step.edits]
-        fresh.append(je.evaluate(model, result.model, tokenizer, some, max_neighbours=2).edited)
+        fresh.append(je.evaluate(model, result.model, tokenizer, some, max_neighbours=1).edited)
         print(f"{name:14s} {step.edits:4d} edits  {step.seconds:6.1f} s  perplexity x {step.ratio:.3f}", flush=True)
 
     stream = je.edit_stream(model, tokenizer, batches, method, stats=stats, guard=guard, on_step=look)
-    kept = [je.evaluate(model, stream.model, tokenizer, some, max_neighbours=2).edited for some in batches]
+    kept = [je.evaluate(model, stream.model, tokenizer, some, max_neighbours=1).edited for some in batches]
     seconds = [s.seconds for s in stream.steps]
     later = seconds[1:]
-    found = {
-        "method": name,
+    found: dict[str, Any] = {
         "settings": describe(method),
         "seconds": seconds,
         "last_to_first": float(np.median(seconds[-3:]) / np.median(later[:3])),
@@ -67,11 +68,12 @@ def main():
     args = parser.parse_args()
     args.count = args.batches * args.size
     model, tokenizer, requests, stats = common.prepare(args, None)
-    rows = []
+    rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out is not None and args.out.exists() else {}
+    about = {name: getattr(args, name) for name in ("model", "first", "size", "tokens")}
     for name in args.methods:
-        rows.append(run(model, tokenizer, requests, stats, name, args.size, args.texts))
-        about = {"machine": common.machine(), "model": args.model, "first": args.first, "size": args.size}
-        common.write(args.out, {**about, "tokens": args.tokens, "rows": rows})
+        found = run(model, tokenizer, requests, stats, name, args.size, args.texts)
+        rows[name] = {**about, "machine": common.machine(), **found}
+        common.write(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ _UNUSED = (
         "batch_size",
     ),
     *("P_loc", "context_template_length_params", "mom2_adjustment", "alg_name", "model_name", "name", "layers", "gpu"),
-    *("stats_dir", "results_dir", "data_dir", "sequential_edit", "tokenizer_class", "tokenizer_name"),
+    *("results_dir", "data_dir", "sequential_edit", "tokenizer_class", "tokenizer_name"),
 )
 
 

@@ -152,7 +152,15 @@ PRESETS: dict[str, Preset] = {
         (3, 4, 5, 6, 7),
         AnchorConfig(steps=25, lr=0.5),
         500.0,
-        _for(("fe",), cov_weight=1500.0) | _for(("memit_no_divide",), cov_weight=5000.0),
+        {
+            "fe": {"cov_weight": 1500.0},
+            "memit_no_divide": {"cov_weight": 5000.0},
+            "alphaedit": {"measure": "energy", "threshold": 0.1, "l2": 1.0},
+            "alphaedit+fe": {"threshold": 0.2, "l2": 10.0},
+            "pmet": {"cov_weight": 1500.0},
+            "emmet": {"cov_weight": 10.0},
+        }
+        | _rome(5, 25, 0.5),
     ),
 }
 

@@ -18,6 +18,7 @@ from jaxedit.targets.anchor_plan import Shape, buckets, n_asks, rows_of, shape_o
 _CPU_TOKENS, _ACCELERATOR_TOKENS = 640, 16384  # suffix tokens a step beyond which products get hardly faster
 # What of a layer is kept for the backward pass, from most memory and least work to least memory and most work
 KEPT = (("q", "k", "v", "o", "gate", "up"), ("q", "k", "v", "o", "gate"), ("q", "k", "v", "o"), ())
+_ROOM, _ROOM_GROWTH = 8, 1.5  # suffix tokens of the smallest program of a stream, and from one to the next larger
 
 
 class Sizes(NamedTuple):
@@ -84,8 +85,12 @@ def arrange(
 
 
 class Rooms:
-    """The programs that a stream of small batches has compiled, one a layer, so that batches of other sizes that fit
-    into one use it too. Whoever edits batch after batch holds one and passes it on."""
+    """The programs that a stream of small batches has compiled, so that batches of other sizes that fit into one use it
+    too. Whoever edits batch after batch holds one and passes it on.
+
+    A layer has several, for steps of up to 8, 12, 20, … tokens: a step costs what its program is for, so one long batch
+    must not set the size for all that come after it.
+    """
 
     def __init__(self):
         self._known: dict[tuple, tuple[Shape, Sizes]] = {}
@@ -94,16 +99,18 @@ class Rooms:
         """The bucket with the sizes of a program that has room for it: an earlier one, or one for both."""
         if bucket.held != bucket.sizes.lanes:
             return bucket  # edits wait for lanes: worth a program of their own
-        key = (layer, bucket.shape.rows, bucket.keep)
-        shape, sizes = bucket.shape, bucket.sizes
+        most = _ROOM
+        while most < bucket.sizes.tokens:
+            most = round_up(int(_ROOM_GROWTH * most), 4)
+        key = (layer, bucket.shape.rows, bucket.keep, most)
+        shape, sizes = bucket.shape, bucket.sizes._replace(tokens=most)
         if key in self._known:
             before, room = self._known[key]
             fits = all(a <= b for a, b in zip((*shape, *sizes), (*before, *room), strict=True))
             if not fits:
                 before = Shape(*map(max, shape, before))
                 room = Sizes(*map(max, sizes, room))
-                more = {f: 5 * getattr(room, f) // 4 for f in ("tokens", "asks", "packed", "before")}
-                room = room._replace(**more | {"tokens": round_up(more["tokens"], 8)})
+                room = room._replace(**{f: 5 * getattr(room, f) // 4 for f in ("asks", "packed", "before")})
             shape, sizes = before, room
         self._known[key] = shape, sizes
         return bucket._replace(shape=shape, sizes=sizes, held=sizes.lanes)

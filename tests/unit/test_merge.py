@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers_model import random_weights, small_llama
 from hypothesis import given, settings
 from typer.testing import CliRunner
 
@@ -17,34 +18,17 @@ from jaxedit.cli import app
 from jaxedit.errors import PatchError
 from jaxedit.export.merge import merge_patches
 from jaxedit.export.patch import Delta, EditPatch, apply_patch, make_patch, with_matrices, withdraw_patch
-from jaxedit.models.config import ModelConfig, parameter_shapes
+from jaxedit.models.config import parameter_shapes
 from jaxedit.models.conversion import nest
 from jaxedit.models.transformer import Decoder
 from jaxedit.types import EditRequest
 
 D_FF, D_MODEL = 40, 24
-CONFIG = ModelConfig(
-    family="llama",
-    vocab=11,
-    d_model=D_MODEL,
-    d_ff=D_FF,
-    n_layer=4,
-    n_head=2,
-    n_kv_head=2,
-    head_dim=4,
-    max_positions=16,
-    norm="rms",
-    norm_eps=1e-5,
-    act="silu",
-    gated=True,
-    windows=(0, 0, 0, 0),
-)
+CONFIG = small_llama(4, D_MODEL, D_FF)
 
 
 def random_model(dtype=np.float32, seed: int = 0) -> Decoder:
-    rng = np.random.default_rng(seed)
-    flat = {path: jnp.asarray(rng.normal(size=shape), dtype) for path, (shape, _) in parameter_shapes(CONFIG).items()}
-    return Decoder(CONFIG, nest(flat))
+    return random_weights(CONFIG, dtype, seed)
 
 
 def matrix(model, l: int) -> np.ndarray:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers_model import random_weights, small_llama
 from hypothesis import HealthCheck, given, settings
 
 from jaxedit.errors import PatchError
@@ -22,29 +23,14 @@ from jaxedit.export.patch import (
     with_matrices,
     withdraw_patch,
 )
-from jaxedit.models.config import ModelConfig, parameter_shapes
+from jaxedit.models.config import parameter_shapes
 from jaxedit.models.conversion import flatten, nest
 from jaxedit.models.transformer import Decoder
 from jaxedit.types import EditRequest
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
 D_FF, D_MODEL, LAYERS = 12, 8, (0, 2)
-CONFIG = ModelConfig(
-    family="llama",
-    vocab=11,
-    d_model=D_MODEL,
-    d_ff=D_FF,
-    n_layer=3,
-    n_head=2,
-    n_kv_head=2,
-    head_dim=4,
-    max_positions=16,
-    norm="rms",
-    norm_eps=1e-5,
-    act="silu",
-    gated=True,
-    windows=(0, 0, 0),
-)
+CONFIG = small_llama(3, D_MODEL, D_FF)
 often = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -55,9 +41,7 @@ def dtype(request):
 
 
 def random_model(dtype, seed: int = 0) -> Decoder:
-    rng = np.random.default_rng(seed)
-    flat = {path: jnp.asarray(rng.normal(size=shape), dtype) for path, (shape, _) in parameter_shapes(CONFIG).items()}
-    return Decoder(CONFIG, nest(flat))
+    return random_weights(CONFIG, dtype, seed)
 
 
 def bits(x) -> np.ndarray:
