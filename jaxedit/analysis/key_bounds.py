@@ -5,15 +5,15 @@ fact e, and
 
     α(k) = [kᵀ(A + KᵀK)⁻¹Kᵀ]
 
-says with what weight each fact answers: about 1 at the fact's own key, and at another one ``kᵀA⁻¹k*``, scaled. This is
-the α of lemmas 4.6 and 4.7 with the scale that makes them hold for a real edit, also of many facts; as they stand,
-``kᵀC⁻¹k*`` is not 1 at k = k*, though that is where all of v* arrives.
+says with what weight each fact answers: of one fact alone ``kᵀA⁻¹k* / (1 + k*ᵀA⁻¹k*)``. This is the α of lemmas 4.6
+and 4.7 with the scale that a real edit has, also one of many facts; as they stand, ``kᵀC⁻¹k*`` is not 1 at k = k*,
+though that is where all of v* should arrive.
 
 The lemmas ask for the change of the logit of the new target against the old one to exceed the gap ε₁ that there was
 before. Three predictions of this change:
 
-    reach   α(k) times the change at the edit's own prompt: what the layers above make of the value is taken to be the
-            same for all prompts.
+    reach   α(k) as a share of that at the edit's own prompt, times the change there: what the layers above make of the
+            value is taken to be the same for all prompts.
     direct  the lemmas' path: from the changed values through the value projection of one attention layer, whose
             weights stay as they are, along the residual stream to the logits (summed over the layers above).
     linear  the derivative along ΔW, through everything.
@@ -71,8 +71,16 @@ class Bounds:
 
     @property
     def reach(self) -> np.ndarray:
-        """α ``[p]``, the mean over layers."""
-        return self.alpha.mean(0)
+        """The share of the edit that arrives ``[p]``: α (its mean over layers) over that at the request's own prompt,
+        ``kᵀA⁻¹k* / k*ᵀA⁻¹k*`` of one fact alone."""
+        alpha = self.alpha.mean(0)
+        return alpha / self._own(alpha)
+
+    def _own(self, values: np.ndarray) -> np.ndarray:
+        """For each prompt the value ``[p]`` at its request's rewrite prompt."""
+        own, first = np.zeros(self.request.max() + 1), self.rows("efficacy")
+        own[self.request[first]] = values[first]
+        return own[self.request]
 
     def rows(self, kind: str) -> np.ndarray:
         """The prompts of one kind, by their indices."""
@@ -83,11 +91,8 @@ class Bounds:
         "gap" is the prediction that nothing changes."""
         if by not in PREDICTIONS:
             raise JaxEditError(f"by must be one of {', '.join(PREDICTIONS)}, got {by!r}")
-        own = np.zeros(self.request.max() + 1)
-        first = self.rows("efficacy")
-        own[self.request[first]] = self.change[first]
-        changes = {"gap": 0.0, "reach": self.reach * own[self.request], "direct": self.direct, "linear": self.linear}
-        return changes[by] - self.gap
+        reach = self.reach * self._own(self.change)
+        return {"gap": 0.0, "reach": reach, "direct": self.direct, "linear": self.linear}[by] - self.gap
 
     def heard(self, by: str = "reach", margin: float = 0.0) -> np.ndarray:
         """At which prompts the edit will be heard ``[p]``: the new target above the old one by more than `margin` nats,

@@ -116,7 +116,7 @@ def plot_bounds(bounds: Bounds, found: Sequence[Agreement], path=None) -> Any:
             name = f"{kind}: {say} ({len(at)})"
             left.scatter(bounds.reach[at], bounds.change[at], s=16, marker=marker, color=colour, alpha=0.6, label=name)
     left.axhline(0, color="0.7", linewidth=0.8)
-    left.set(xlabel="α, the share of the edit that arrives", ylabel="change of the logit gap (nats)")
+    left.set(xlabel="share of the edit that arrives", ylabel="change of the logit gap (nats)")
     left.legend(fontsize=7)
     width = 0.4
     for i, (kind, colour) in enumerate(_KINDS.items()):

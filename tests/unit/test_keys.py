@@ -276,9 +276,8 @@ def test_verdicts_and_how_well_they_predict(edit):
     _, _, _, requests, _, bounds, report = edit
     assert (bounds.heard("gap") == (bounds.gap < 0)).all()
     own = bounds.rows("efficacy")
-    np.testing.assert_allclose(
-        bounds.margin()[own], bounds.reach[own] * bounds.change[own] - bounds.gap[own], atol=1e-12
-    )
+    np.testing.assert_allclose(bounds.margin()[own], (bounds.change - bounds.gap)[own], atol=1e-12)
+    np.testing.assert_allclose(bounds.reach * bounds.alpha[0, own][bounds.request], bounds.alpha[0])
     for verdict in bounds.verdicts():
         mine = bounds.request == verdict.request
         wanted = mine & ~bounds.heard() & (np.asarray(bounds.kinds) == "paraphrase")
