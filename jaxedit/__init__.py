@@ -13,8 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxedit.analysis.key_bounds import Bounds, agreement, edit_bounds, verdicts_found
+    from jaxedit.analysis.key_neighbours import nearest_prefixes
+    from jaxedit.analysis.key_plots import (
+        plot_bounds,
+        plot_key_map,
+        plot_neighbours,
+        plot_similarities,
+        plot_value_norms,
+    )
+    from jaxedit.analysis.keys import key_similarity, retrieval_weights, subject_keys, value_norms, whiten, whitening
     from jaxedit.analysis.plots import plot_trace
     from jaxedit.analysis.record import Trace
+    from jaxedit.analysis.subject_forms import SubjectPrompt, other_forms, random_contexts, text_end
     from jaxedit.analysis.suggest import read_preset, suggest_layers, tune, write_preset
     from jaxedit.analysis.tracing import trace
     from jaxedit.config import (
@@ -70,8 +81,13 @@ if TYPE_CHECKING:
 
 # Module to the names that come from it, the same as above.
 _MODULES = {
+    "analysis.key_bounds": "Bounds agreement edit_bounds verdicts_found",
+    "analysis.key_neighbours": "nearest_prefixes",
+    "analysis.key_plots": "plot_bounds plot_key_map plot_neighbours plot_similarities plot_value_norms",
+    "analysis.keys": "key_similarity retrieval_weights subject_keys value_norms whiten whitening",
     "analysis.plots": "plot_trace",
     "analysis.record": "Trace",
+    "analysis.subject_forms": "SubjectPrompt other_forms random_contexts text_end",
     "analysis.suggest": "read_preset suggest_layers tune write_preset",
     "analysis.tracing": "trace",
     "config": "AnchorConfig BackwardSpread EqualityConstrained ForwardReplay Method NeuronSubset "
@@ -117,6 +133,7 @@ __all__ = [
     "AnchorConfig",
     "Asking",
     "BackwardSpread",
+    "Bounds",
     "CheckpointError",
     "CollapseGuard",
     "Decoder",
@@ -152,13 +169,16 @@ __all__ = [
     "StatisticsError",
     "StreamResult",
     "StreamStep",
+    "SubjectPrompt",
     "Targets",
     "Trace",
+    "agreement",
     "apply_edits",
     "apply_groups",
     "apply_lora",
     "apply_patch",
     "check_lora",
+    "edit_bounds",
     "edit_stream",
     "evaluate",
     "evaluate_knowedit",
@@ -170,15 +190,24 @@ __all__ = [
     "fluency",
     "generate",
     "hidden_states",
+    "key_similarity",
     "load",
     "load_lora",
     "logits",
     "make_mesh",
     "merge_patches",
     "method_for",
+    "nearest_prefixes",
+    "other_forms",
     "perplexity",
+    "plot_bounds",
+    "plot_key_map",
+    "plot_neighbours",
+    "plot_similarities",
     "plot_trace",
+    "plot_value_norms",
     "prepare",
+    "random_contexts",
     "read_hyperparameters",
     "read_knowedit",
     "read_known_facts",
@@ -187,13 +216,20 @@ __all__ = [
     "read_references",
     "read_requests",
     "reference_scores",
+    "retrieval_weights",
     "save",
     "save_lora",
     "second_moments",
+    "subject_keys",
     "suggest_layers",
     "targets",
+    "text_end",
     "trace",
     "tune",
+    "value_norms",
+    "verdicts_found",
+    "whiten",
+    "whitening",
     "withdraw_patch",
     "write_preset",
 ]

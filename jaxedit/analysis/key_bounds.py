@@ -102,7 +102,10 @@ class Bounds:
     def verdicts(self, by: str = "reach", margin: float = 0.0) -> list[Verdict]:
         """Per request: which paraphrases the edit will miss, and which neighbours it will reach where the base model
         prefers the old target."""
-        heard = self.heard(by, margin)
+        return self.verdicts_of(self.heard(by, margin))
+
+    def verdicts_of(self, heard: np.ndarray) -> list[Verdict]:
+        """The verdicts that say in which prompts the edit is heard ``[p]``."""
         missed = set(self.rows("paraphrase")[~heard[self.rows("paraphrase")]].tolist())
         reached = {i for i in self.rows("neighbourhood").tolist() if heard[i] and self.gap[i] > 0}
         requests = self.request.tolist()
@@ -249,10 +252,7 @@ def agreement(bounds: Bounds, report: Report, undecided: bool = False) -> list[A
     undecided: leave out prompts at which the base model already prefers the new target, where nothing is to be heard.
     Raises JaxEditError where the report is of other prompts.
     """
-    records = [(r.index, p) for r in report.records for p in r.prompts]
-    if [(i, p.prompt) for i, p in records] != list(zip(bounds.request.tolist(), bounds.prompts, strict=True)):
-        raise JaxEditError("the report is of other prompts than the bounds; give both the same max_neighbours")
-    before, after = np.asarray([_preference(p) for _, p in records]).T
+    before, after = _preferences(bounds, report)
     made = []
     for kind in ("paraphrase", "neighbourhood"):
         rows = bounds.rows(kind)
@@ -269,6 +269,20 @@ def agreement(bounds: Bounds, report: Report, undecided: bool = False) -> list[A
                 )
             )
     return made
+
+
+def verdicts_found(bounds: Bounds, report: Report) -> list[Verdict]:
+    """What `evaluate` finds, in the form of `Bounds.verdicts`: is the new target likelier than the old one in the
+    edited model? Raises JaxEditError where the report is of other prompts."""
+    return bounds.verdicts_of(_preferences(bounds, report)[1] > 0)
+
+
+def _preferences(bounds: Bounds, report: Report) -> np.ndarray:
+    """`_preference` of each of the bounds' prompts, ``[2, p]``."""
+    records = [(r.index, p) for r in report.records for p in r.prompts]
+    if [(i, p.prompt) for i, p in records] != list(zip(bounds.request.tolist(), bounds.prompts, strict=True)):
+        raise JaxEditError("the report is of other prompts than the bounds; give both the same max_neighbours")
+    return np.asarray([_preference(p) for _, p in records]).T
 
 
 def _preference(p: PromptRecord) -> tuple[float, float]:
