@@ -33,7 +33,7 @@ def plot_similarities(groups: Mapping[str, Any], baseline: str | None = None, pa
     for i, (name, values) in enumerate(groups.items()):
         values = np.asarray(values, float)
         colour = "0.5" if name == baseline else _COLOURS[i % len(_COLOURS)]
-        axes.scatter(values, -i + noise.uniform(-0.3, 0.3, len(values)), s=4, alpha=0.4, color=colour, linewidths=0)
+        axes.scatter(values, -i + noise.uniform(-0.3, 0.3, len(values)), s=9, alpha=0.5, color=colour, linewidths=0)
         low, middle, high = np.percentile(values, [25, 50, 75])
         axes.plot([low, high], [-i, -i], color="black", linewidth=1)
         axes.plot(middle, -i, "|", color="black", markersize=14, markeredgewidth=2)

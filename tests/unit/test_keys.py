@@ -12,7 +12,7 @@ from helpers_metrics import row_logits
 
 import jaxedit as je
 from jaxedit.analysis import key_paths, key_plots
-from jaxedit.analysis.key_bounds import agreement, area_under_curve, edit_bounds, rank_correlation
+from jaxedit.analysis.key_bounds import agreement, area_under_curve, edit_bounds, rank_correlation, verdicts_found
 from jaxedit.analysis.key_neighbours import nearest_prefixes
 from jaxedit.analysis.keys import (
     key_similarity,
@@ -23,7 +23,16 @@ from jaxedit.analysis.keys import (
     whiten,
     whitening,
 )
-from jaxedit.analysis.subject_forms import SubjectPrompt, cut_context, rule_forms, shuffled_forms
+from jaxedit.analysis.subject_forms import (
+    SubjectPrompt,
+    cut_context,
+    form_in,
+    other_forms,
+    random_contexts,
+    rule_forms,
+    shuffled_forms,
+    text_end,
+)
 from jaxedit.config import BackwardSpread
 from jaxedit.data.tokens import target_ids
 from jaxedit.errors import JaxEditError, RequestError
@@ -179,6 +188,48 @@ def test_forms_of_a_subject(tiny):
         cut_context(tokenizer, text, 500)
 
 
+@pytest.mark.parametrize(
+    ("subject", "prompt", "form"),
+    [
+        ("Danielle Darrieux", "Danielle Darrieux, the tongue of Darrieux", "Danielle Darrieux"),
+        ("Danielle Darrieux", "The language of Mlle. Darrieux is", "Darrieux"),
+        ("Thomas Joannes Stieltjes", "He, Tomas Joannes STIILTJES, speaks", "Tomas Joannes STIILTJES"),
+        ("University of Madrid", "In Madrid, the University of Madrid's seat is", "University of Madrid"),
+        ("Madrid University", "The University of Spain in Madrid is the oldest University, in", "University"),
+        ("Madrid University", "It is a university in", None),
+        ("light rail", "the Rail and the rail", "rail"),
+        ("Porsche 911", "Porsche 914, designed by", None),
+        ("Triumph TR8", "TR8 Triumph, made by", None),
+    ],
+)
+def test_the_form_of_a_subject_in_a_rephrased_prompt(subject, prompt, form):
+    found = form_in(prompt, subject)
+    if form is None:
+        assert found is None
+    else:
+        assert found is not None and found.subject == form
+        assert found == SubjectPrompt(prompt, form, prompt.rfind(form))
+
+
+def test_prompts_of_other_forms(tiny):
+    _, tokenizer = tiny("tiny-gpt2")
+    asked = "Danielle Darrieux was born in", "Where was Mlle. Darrieux born? In", "She was born in"
+    request = je.EditRequest("The tongue of Danielle Darrieux is", "Danielle Darrieux", "Dutch", paraphrases=asked)
+    found = other_forms(tokenizer, request, "Once upon a time.", shuffles=2)
+    assert [p.prompt for p in found["same name"]] == [asked[0]]
+    assert [(p.prompt, p.subject) for p in found["rephrased name"]] == [(asked[1], "Darrieux")]
+    assert found["long context"][0].prompt == f"Once upon a time. {request.prompt}"
+    ruled = [p.subject for p in [*found["article, initials, title"], *found["possessive"]]]
+    assert sorted(ruled) == sorted(rule_forms(request.subject).values()) and len(found["shuffled"]) == 2
+    assert not other_forms(tokenizer, request)["long context"]
+    texts = random_contexts(tokenizer, 9, 4, DOCUMENTS[:2], seed=3)
+    assert texts == random_contexts(tokenizer, 9, 4, DOCUMENTS[:2], seed=3) and len(set(texts)) > 1
+    assert all(t in "\n".join(DOCUMENTS[:2]) for t in texts)
+    assert text_end("of the North ") == SubjectPrompt("of the North", "North", 7)
+    with pytest.raises(JaxEditError, match="500 are needed"):
+        random_contexts(tokenizer, 500, 1, DOCUMENTS[:1])
+
+
 @pytest.fixture(scope="module")
 def edit(goldens):
     """An edit of tiny-llama at one layer in float64, towards made-up targets, and its base, bounds and report."""
@@ -282,6 +333,9 @@ def test_verdicts_and_how_well_they_predict(edit):
         mine = bounds.request == verdict.request
         wanted = mine & ~bounds.heard() & (np.asarray(bounds.kinds) == "paraphrase")
         assert verdict.misses == tuple(np.asarray(bounds.prompts)[wanted])
+    for seen, record in zip(verdicts_found(bounds, report), report.records, strict=True):
+        missed = [p.prompt for p in record.prompts if p.kind == "paraphrase" and p.edited.nll_new >= p.edited.nll_true]
+        assert seen.request == record.index and seen.misses == tuple(missed)
     found = {(a.kind, a.by): a for a in agreement(bounds, report)}
     assert len(found) == 8
     for kind in ("paraphrase", "neighbourhood"):
