@@ -14,11 +14,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxedit.analysis.jacobian import average_jacobian, jacobian, passive, stretch
+    from jaxedit.analysis.key_bounds import Bounds, agreement, edit_bounds, verdicts_found
+    from jaxedit.analysis.key_neighbours import nearest_prefixes
+    from jaxedit.analysis.key_plots import (
+        plot_bounds,
+        plot_key_map,
+        plot_neighbours,
+        plot_similarities,
+        plot_value_norms,
+    )
+    from jaxedit.analysis.keys import key_similarity, retrieval_weights, subject_keys, value_norms, whiten, whitening
     from jaxedit.analysis.plots import plot_trace
     from jaxedit.analysis.record import Trace
     from jaxedit.analysis.spread_plots import plot_spread
     from jaxedit.analysis.spreading import Premises, StepSizes, Walk, premises, step_sizes, walk
     from jaxedit.analysis.study import Spread, spread
+    from jaxedit.analysis.subject_forms import SubjectPrompt, other_forms, random_contexts, text_end
     from jaxedit.analysis.suggest import read_preset, suggest_layers, tune, write_preset
     from jaxedit.analysis.tracing import trace
     from jaxedit.config import (
@@ -77,11 +88,16 @@ if TYPE_CHECKING:
 # Module to the names that come from it, the same as above.
 _MODULES = {
     "analysis.jacobian": "average_jacobian jacobian passive stretch",
+    "analysis.key_bounds": "Bounds agreement edit_bounds verdicts_found",
+    "analysis.key_neighbours": "nearest_prefixes",
+    "analysis.key_plots": "plot_bounds plot_key_map plot_neighbours plot_similarities plot_value_norms",
+    "analysis.keys": "key_similarity retrieval_weights subject_keys value_norms whiten whitening",
     "analysis.plots": "plot_trace",
     "analysis.record": "Trace",
     "analysis.spread_plots": "plot_spread",
     "analysis.spreading": "Premises StepSizes Walk premises step_sizes walk",
     "analysis.study": "Spread spread",
+    "analysis.subject_forms": "SubjectPrompt other_forms random_contexts text_end",
     "analysis.suggest": "read_preset suggest_layers tune write_preset",
     "analysis.tracing": "trace",
     "config": "AnchorConfig BackwardSpread EqualityConstrained ForwardReplay JacobianSpread Method "
@@ -128,6 +144,7 @@ __all__ = [
     "AnchorConfig",
     "Asking",
     "BackwardSpread",
+    "Bounds",
     "CheckpointError",
     "CollapseGuard",
     "Decoder",
@@ -168,15 +185,18 @@ __all__ = [
     "StreamResult",
     "StreamStep",
     "Stretch",
+    "SubjectPrompt",
     "Targets",
     "Trace",
     "Walk",
+    "agreement",
     "apply_edits",
     "apply_groups",
     "apply_lora",
     "apply_patch",
     "average_jacobian",
     "check_lora",
+    "edit_bounds",
     "edit_stream",
     "evaluate",
     "evaluate_knowedit",
@@ -189,20 +209,29 @@ __all__ = [
     "generate",
     "hidden_states",
     "jacobian",
+    "key_similarity",
     "load",
     "load_lora",
     "logits",
     "make_mesh",
     "merge_patches",
     "method_for",
+    "nearest_prefixes",
+    "other_forms",
     "passive",
     "perplexity",
+    "plot_bounds",
+    "plot_key_map",
+    "plot_neighbours",
+    "plot_similarities",
     "plot_spread",
     "plot_trace",
+    "plot_value_norms",
     "premises",
     "prepare",
     "pull",
     "push",
+    "random_contexts",
     "read_hyperparameters",
     "read_knowedit",
     "read_known_facts",
@@ -211,17 +240,24 @@ __all__ = [
     "read_references",
     "read_requests",
     "reference_scores",
+    "retrieval_weights",
     "save",
     "save_lora",
     "second_moments",
     "spread",
     "step_sizes",
     "stretch",
+    "subject_keys",
     "suggest_layers",
     "targets",
+    "text_end",
     "trace",
     "tune",
+    "value_norms",
+    "verdicts_found",
     "walk",
+    "whiten",
+    "whitening",
     "withdraw_patch",
     "write_preset",
 ]
