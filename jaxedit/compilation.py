@@ -52,8 +52,8 @@ def keep_programs() -> Path | None:
 def _drop_unfinished(folder: Path) -> None:
     """Remove programs of processes that were killed while they wrote them.
 
-    JAX writes a program and then, beside it, when it was last used. One that lacks that may be cut short, and as long as
-    it lies there JAX, which looks at all of them, keeps no other program.
+    JAX writes a program and then, beside it, when it was last used. One that lacks that may be cut short, and as long
+    as it lies there JAX, which looks at all of them, keeps no other program.
     """
     for program in folder.glob("*-cache"):
         if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():

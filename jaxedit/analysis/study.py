@@ -29,10 +29,11 @@ METHODS = ("memit", "memit_no_divide", "one_layer", "fe")
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """walks, targets: by method, what each layer's edit did, and what it was aimed at. studied: the first method that spreads a residual over several
-    layers, whose edit the rest is of; None, and the rest empty, where there is none. premises: of the two theorems at
-    its layers below the last. steps: for each of these, steering by parts of its residual on the unedited model.
-    below: what remains at its last layer when only the uppermost 1, 2, … layers are edited, mean over the edits."""
+    """walks, targets: by method, what each layer's edit did, and what it was aimed at. studied: the first method that
+    spreads a residual over several layers, whose edit the rest is of; None, and the rest empty, where there is none.
+    premises: of the two theorems at its layers below the last. steps: for each of these, steering by parts of its
+    residual on the unedited model. below: what remains at its last layer when only the uppermost 1, 2, … layers are
+    edited, mean over the edits."""
 
     layers: tuple[int, ...]
     walks: dict[str, Walk]
