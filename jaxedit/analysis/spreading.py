@@ -224,7 +224,7 @@ def premises(
     Raises JaxEditError where only one layer was edited.
     """
     layers: tuple[int, ...] = result.info.method.layers
-    if len(layers) < 2:
+    if len(layers) == 1:
         raise JaxEditError(f"only layer {layers[0]} was edited: there is nothing between it and the last one")
     site, changes = _site(result), walk(model, tokenizer, requests, result).change
     random, rows = np.random.default_rng(seed), []
