@@ -25,6 +25,7 @@ GRIDS: dict[str, dict[str, tuple]] = {
     **dict.fromkeys(("fe", "memit", "memit_no_divide", "one_layer", "blue"), _WEIGHTS),
     **dict.fromkeys(("alphaedit", "alphaedit+fe"), _NULL_SPACE),
     **dict.fromkeys(("pmet", "adaedit", "rect", "prune", "namet", "rect+fe", "prune+fe", "nse"), _FEW_WEIGHTS),
+    "jacobian_spread": {"cov_weight": (500.0, 1500.0, 5000.0), "damping": (0.1, 1.0)},
     "emmet": {"layers": ((5,), (7,)), "cov_weight": (10.0, 1000.0)},
     **dict.fromkeys(("r_rome", "rome"), {"layers": ((3,), (5,), (7,)), "clamp": (4.0,)}),
 }

@@ -41,7 +41,7 @@ def family(name: str, table: dict[str, Any]) -> str:
     near = "all" if table["neighbours"] is None else table["neighbours"]
     return "\n\n".join(
         [
-            f"## {table['count']} edits of {name}, {table['model']}",
+            f"## {table['count']} edits of {name}, {table['model']}: {len(rows) - 2} methods",
             f"`python benchmarks/family.py {name} --first {table['first']} --count {table['count']}"
             + (f" --neighbours {near}`" if near != "all" else "`")
             + f"; {near} neighbourhood prompts a record, second moments of {table['tokens']:,} tokens.",
@@ -102,7 +102,8 @@ def main():
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     parts = [HEAD]
-    parts += [family(name, table) for name, table in (read("family_smollm2.json") or {}).items()]
+    for results in ("family_smollm2.json", "jacobian_spread_smollm2.json"):
+        parts += [family(name, table) for name, table in (read(results) or {}).items()]
     for name, section in (("stream_smollm2.json", stream), ("presets_smollm2.json", presets)):
         made = read(name)
         parts += [] if made is None else [section(made)]

@@ -27,9 +27,9 @@ MEASURES = (
 
 
 def changed(method: je.Method, settings: dict[str, Any]) -> je.Method:
-    """The method with other fields of its solver, its anchors, its regulariser or itself."""
+    """The method with other fields of its solver, its anchors, its targets, its regulariser or itself."""
     for field, value in settings.items():
-        for part in ("solver", "anchor", "regulariser"):
+        for part in ("solver", "anchor", "targets", "regulariser"):
             of = getattr(method, part)
             if of is not None and field in {f.name for f in dataclasses.fields(of)}:
                 method = dataclasses.replace(method, **{part: dataclasses.replace(of, **{field: value})})
@@ -55,14 +55,15 @@ class Bench:
         like = dataclasses.replace(method, targets=je.ForwardReplay()) if first_only else method
         # of a spread only the last layer's target is an anchor; replayed ones are of all layers
         layers = like.layers[-1:] if isinstance(like.targets, je.BackwardSpread) else like.layers
-        first = (type(like.targets), layers[0], like.anchor)
+        kind = je.BackwardSpread if isinstance(like.targets, je.BackwardSpread) else type(like.targets)
+        first = (kind, layers[0], like.anchor)
         fits = [f for (t, l, a), f in self.found.items() if (t, l[0], a) == first and (first_only or l == layers)]
         if fits:
             known = fits[0]
         else:
             start = time.perf_counter()
             known = je.targets(*self.arguments, like, templates=self.templates), time.perf_counter() - start
-            self.found[type(like.targets), layers, like.anchor] = known
+            self.found[kind, layers, like.anchor] = known
         found, seconds = known
         if first_only:
             anchors = {l: found.anchors[l] for l in layers[:1]}

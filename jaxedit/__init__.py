@@ -13,8 +13,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxedit.analysis.jacobian import average_jacobian, jacobian, passive, stretch
+    from jaxedit.analysis.key_bounds import Bounds, agreement, edit_bounds, verdicts_found
+    from jaxedit.analysis.key_neighbours import nearest_prefixes
+    from jaxedit.analysis.key_plots import (
+        plot_bounds,
+        plot_key_map,
+        plot_neighbours,
+        plot_similarities,
+        plot_value_norms,
+    )
+    from jaxedit.analysis.keys import key_similarity, retrieval_weights, subject_keys, value_norms, whiten, whitening
     from jaxedit.analysis.plots import plot_trace
     from jaxedit.analysis.record import Trace
+    from jaxedit.analysis.spread_plots import plot_spread
+    from jaxedit.analysis.spreading import Premises, StepSizes, Walk, premises, step_sizes, walk
+    from jaxedit.analysis.study import Spread, spread
+    from jaxedit.analysis.subject_forms import SubjectPrompt, other_forms, random_contexts, text_end
     from jaxedit.analysis.suggest import read_preset, suggest_layers, tune, write_preset
     from jaxedit.analysis.tracing import trace
     from jaxedit.config import (
@@ -22,6 +37,7 @@ if TYPE_CHECKING:
         BackwardSpread,
         EqualityConstrained,
         ForwardReplay,
+        JacobianSpread,
         Method,
         NeuronSubset,
         NullSpace,
@@ -56,6 +72,7 @@ if TYPE_CHECKING:
     from jaxedit.info import EditInfo, LayerInfo
     from jaxedit.ledger import Ledger
     from jaxedit.models.hub import load, save
+    from jaxedit.models.stretch import Stretch, pull, push
     from jaxedit.models.transformer import Decoder, hidden_states, logits
     from jaxedit.presets import METHODS, method_for
     from jaxedit.sharding import make_mesh
@@ -70,12 +87,21 @@ if TYPE_CHECKING:
 
 # Module to the names that come from it, the same as above.
 _MODULES = {
+    "analysis.jacobian": "average_jacobian jacobian passive stretch",
+    "analysis.key_bounds": "Bounds agreement edit_bounds verdicts_found",
+    "analysis.key_neighbours": "nearest_prefixes",
+    "analysis.key_plots": "plot_bounds plot_key_map plot_neighbours plot_similarities plot_value_norms",
+    "analysis.keys": "key_similarity retrieval_weights subject_keys value_norms whiten whitening",
     "analysis.plots": "plot_trace",
     "analysis.record": "Trace",
+    "analysis.spread_plots": "plot_spread",
+    "analysis.spreading": "Premises StepSizes Walk premises step_sizes walk",
+    "analysis.study": "Spread spread",
+    "analysis.subject_forms": "SubjectPrompt other_forms random_contexts text_end",
     "analysis.suggest": "read_preset suggest_layers tune write_preset",
     "analysis.tracing": "trace",
-    "config": "AnchorConfig BackwardSpread EqualityConstrained ForwardReplay Method NeuronSubset "
-    "NullSpace PerLayer RelativeSparsify Ridge SpectralClamp SpectralSparsify",
+    "config": "AnchorConfig BackwardSpread EqualityConstrained ForwardReplay JacobianSpread Method "
+    "NeuronSubset NullSpace PerLayer RelativeSparsify Ridge SpectralClamp SpectralSparsify",
     "data.counterfact": "read_references",
     "data.facts": "Fact facts_from_requests read_known_facts",
     "data.knowedit": "read_knowedit",
@@ -100,6 +126,7 @@ _MODULES = {
     "info": "EditInfo LayerInfo",
     "ledger": "Ledger",
     "models.hub": "load save",
+    "models.stretch": "Stretch pull push",
     "models.transformer": "Decoder hidden_states logits",
     "presets": "METHODS method_for",
     "sharding": "make_mesh",
@@ -117,6 +144,7 @@ __all__ = [
     "AnchorConfig",
     "Asking",
     "BackwardSpread",
+    "Bounds",
     "CheckpointError",
     "CollapseGuard",
     "Decoder",
@@ -129,6 +157,7 @@ __all__ = [
     "Fact",
     "ForwardReplay",
     "HyperParameters",
+    "JacobianSpread",
     "JaxEditError",
     "LayerInfo",
     "Ledger",
@@ -141,6 +170,7 @@ __all__ = [
     "PatchError",
     "PerLayer",
     "PerplexityProbe",
+    "Premises",
     "RelativeSparsify",
     "Report",
     "RequestError",
@@ -149,16 +179,24 @@ __all__ = [
     "SecondMoments",
     "SpectralClamp",
     "SpectralSparsify",
+    "Spread",
     "StatisticsError",
+    "StepSizes",
     "StreamResult",
     "StreamStep",
+    "Stretch",
+    "SubjectPrompt",
     "Targets",
     "Trace",
+    "Walk",
+    "agreement",
     "apply_edits",
     "apply_groups",
     "apply_lora",
     "apply_patch",
+    "average_jacobian",
     "check_lora",
+    "edit_bounds",
     "edit_stream",
     "evaluate",
     "evaluate_knowedit",
@@ -170,15 +208,30 @@ __all__ = [
     "fluency",
     "generate",
     "hidden_states",
+    "jacobian",
+    "key_similarity",
     "load",
     "load_lora",
     "logits",
     "make_mesh",
     "merge_patches",
     "method_for",
+    "nearest_prefixes",
+    "other_forms",
+    "passive",
     "perplexity",
+    "plot_bounds",
+    "plot_key_map",
+    "plot_neighbours",
+    "plot_similarities",
+    "plot_spread",
     "plot_trace",
+    "plot_value_norms",
+    "premises",
     "prepare",
+    "pull",
+    "push",
+    "random_contexts",
     "read_hyperparameters",
     "read_knowedit",
     "read_known_facts",
@@ -187,13 +240,24 @@ __all__ = [
     "read_references",
     "read_requests",
     "reference_scores",
+    "retrieval_weights",
     "save",
     "save_lora",
     "second_moments",
+    "spread",
+    "step_sizes",
+    "stretch",
+    "subject_keys",
     "suggest_layers",
     "targets",
+    "text_end",
     "trace",
     "tune",
+    "value_norms",
+    "verdicts_found",
+    "walk",
+    "whiten",
+    "whitening",
     "withdraw_patch",
     "write_preset",
 ]

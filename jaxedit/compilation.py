@@ -42,10 +42,22 @@ def keep_programs() -> Path | None:
         return None
     if not os.access(folder, os.W_OK):
         return None
+    _drop_unfinished(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     _unless_set("jax_persistent_cache_min_compile_time_secs", 1.0, MIN_SECONDS)
     _unless_set("jax_compilation_cache_max_size", -1, MAX_BYTES)
     return folder
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Remove programs of processes that were killed while they wrote them.
+
+    JAX writes a program and then, beside it, when it was last used. One that lacks that may be cut short, and as long
+    as it lies there JAX, which looks at all of them, keeps no other program.
+    """
+    for program in folder.glob("*-cache"):
+        if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+            program.unlink(missing_ok=True)
 
 
 def _unless_set(name: str, default, value) -> None:

@@ -103,6 +103,26 @@ class BackwardSpread:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JacobianSpread(BackwardSpread):
+    """A BackwardSpread that asks of a layer not the residual itself but the least change that becomes it: the δ that
+    minimises ``‖J δ − R‖² + damping ‖δ‖²``, with J from this layer's output to the last one's (FE, eq. 7) on the model
+    as edited so far, and R this layer's share of the residual (`divide`).
+
+    iterations: of conjugate gradients, each one product with J and one with its transpose, at one token an edit.
+    """
+
+    divide: bool | str = False
+    damping: float = 1.0
+    iterations: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self, not_negative=("damping",))
+        if self.iterations < 1:
+            raise JaxEditError(f"JacobianSpread.iterations must be at least 1, got {self.iterations}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardReplay:
     """An anchor at the first edited layer; later targets are what the model makes of it (FE, §5)."""
 
@@ -118,7 +138,7 @@ class PerLayer:
         return layers
 
 
-Strategy = BackwardSpread | ForwardReplay | PerLayer
+Strategy = BackwardSpread | JacobianSpread | ForwardReplay | PerLayer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.config import BackwardSpread, Method
+from jaxedit.config import BackwardSpread, JacobianSpread, Method
 from jaxedit.data.tokens import Packed, chunks, pack
 from jaxedit.export.patch import Delta, add, delta_dtype, with_matrices
 from jaxedit.models.config import ModelConfig
+from jaxedit.models.stretch import between, make_stretch
 from jaxedit.models.transformer import (
     Context,
     Decoder,
@@ -36,6 +37,7 @@ from jaxedit.models.transformer import (
 from jaxedit.regularise import regularise
 from jaxedit.solvers.prepare import Prepared, operators, solve_layer
 from jaxedit.solvers.ridge import Solution
+from jaxedit.targets.pull_back import least_change
 from jaxedit.targets.strategies import Targets
 
 Progress = Callable[[str, int, int], None]
@@ -116,6 +118,16 @@ def _mlp_output(band, key, lookup, index):
     return mlp_output(layer(band, index), jnp.take_along_axis(key, lookup[:, :1, None], 1)[:, 0])
 
 
+@partial(jax.jit, static_argnames=("config", "index", "iterations", "site"))
+def _pull_back(
+    band, config: ModelConfig, stream, key, context, lookup, rest, index: int, damping, iterations: int, site: str
+):
+    above = {"blocks": jax.tree.map(lambda x: x[index:], band["blocks"])}
+    part = between(config, index, config.n_layer - 1)
+    of = make_stretch(above, part, stream, key, context, lookup[:, 0], site, site)
+    return least_change(of, rest, damping, iterations)[0]
+
+
 class Part(NamedTuple):
     """Edits that are solved for together, by their indices, and what with."""
 
@@ -140,9 +152,7 @@ class LayerLoop:
         layers = method.layers
         self.first, self.last = layers[0], layers[-1]
         self.mlp = method.anchor.of_mlp
-        self.band_config = dataclasses.replace(
-            self.config, n_layer=self.last - self.first + 1, windows=self.config.windows[self.first : self.last + 1]
-        )
+        self.band_config = between(self.config, self.first, self.last)
         self.band = {"blocks": jax.tree.map(lambda x: x[self.first : self.last + 1], base.params["blocks"])}
         down = self.band["blocks"]["down"]
         self.originals = {l: np.asarray(down["w"][l - self.first]) for l in layers}
@@ -169,6 +179,8 @@ class LayerLoop:
             if isinstance(self.method.targets, BackwardSpread):
                 rest = known[layers[-1]] - self.last_states[-1]
                 residual = rest * self.method.targets.share(len(layers) - i)
+                if isinstance(self.method.targets, JacobianSpread) and l != layers[-1]:
+                    residual = self._pulled_back(clean, halves[0], l, residual)
             else:
                 if l not in known:  # PerLayer: on the model as edited so far
                     anchors[l] = self.find(self._edited().params, l)
@@ -193,6 +205,19 @@ class LayerLoop:
             lookup = np.asarray([e.contexts[0].lookup for e in self.edits], np.int32)
             targets = Targets(tuple(known), np.stack(list(known.values())), lookup, anchors)
         return targets
+
+    def _pulled_back(self, clean: Group, half, l: int, rest: np.ndarray) -> np.ndarray:
+        """The change of layer l's output that becomes `rest` ``[n, d_model]`` at the last edited layer."""
+        how = self.method.targets
+        assert isinstance(how, JacobianSpread)
+        found, start = [], 0
+        for (stream, key), context, at in zip(half, clean.context, clean.lookup, strict=True):
+            mine = rest[start : start + len(at)]
+            mine = np.pad(mine, ((0, len(at) - len(mine)), (0, 0)))  # rows that fill the last chunk up
+            arguments = (stream, key, context, at, mine, l - self.first, how.damping, how.iterations)
+            found.append(_pull_back(self.band, self.band_config, *arguments, "mlp_out" if self.mlp else "block_out"))
+            start += len(at)
+        return clean.gather(found)
 
     def _operators(self, keys: np.ndarray) -> list:
         """All layers solved at once, which replayed keys make possible: they are known before the first edit."""

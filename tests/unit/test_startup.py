@@ -114,6 +114,16 @@ def test_compiled_programs_are_kept(tiny, tmp_path):
     assert folder.stat().st_mode & 0o077 == 0
 
 
+def test_programs_that_a_killed_process_left_half_written_are_dropped(tiny, tmp_path):
+    """JAX would otherwise keep no further program."""
+    folder = tmp_path / "cache" / "xla"
+    folder.mkdir(parents=True)
+    (folder / "jit_old-123-cache").write_bytes(b"cut sh")
+    run(_LOAD.format(tiny) + "result = None", JAXEDIT_CACHE=str(tmp_path / "cache"))
+    kept = {p.name for p in folder.iterdir()}
+    assert "jit_old-123-cache" not in kept and any(name.startswith("jit__forward") for name in kept)
+
+
 @pytest.mark.parametrize(
     "set_by_user, expected",
     [
