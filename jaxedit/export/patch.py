@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.adapters.attached import adapters_of, attach, detach, from_plain, same, to_plain
 from jaxedit.cache import write_atomically
 from jaxedit.errors import PatchError
 from jaxedit.models.fingerprint import matrix_hash
 from jaxedit.models.layers import wide
+from jaxedit.models.sites import Adapter
 from jaxedit.models.transformer import Decoder
 from jaxedit.types import EditRequest
 
@@ -86,7 +88,8 @@ class EditPatch:
     """Edits that can be saved, shipped, applied and withdrawn.
 
     deltas: per layer, in float32 (float64 for a float64 model). base, edited: hash per layer of the matrix before
-    and after. dtype: of the model it was made on; exact withdrawal needs the same.
+    and after. dtype: of the model it was made on; exact withdrawal needs the same. adapters: what is attached to the
+    model, beside or instead of updates.
     """
 
     method: Mapping[str, Any]
@@ -96,6 +99,7 @@ class EditPatch:
     edited: Mapping[int, str]
     undo: Mapping[int, Undo]
     dtype: str
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -113,6 +117,11 @@ class EditPatch:
                 tensors[f"{l}.right"] = np.ascontiguousarray(delta.right)
             tensors[f"{l}.undo"] = np.frombuffer(zlib.compress(undo.steps.tobytes(), 6), np.uint8)
             tensors[f"{l}.far_index"], tensors[f"{l}.far_value"] = undo.far_index, undo.far_value
+        attached = []
+        for i, adapter in enumerate(self.adapters):
+            plain, arrays = to_plain(adapter)
+            attached.append(plain)
+            tensors |= {f"adapter.{i}.{name}": np.ascontiguousarray(x) for name, x in arrays.items()}
         about = {
             "format": FORMAT,
             "method": self.method,
@@ -122,6 +131,8 @@ class EditPatch:
             "dtype": self.dtype,
             "shapes": {l: list(self.undo[l].steps.shape) for l in self.layers},
         }
+        if attached:
+            about["adapters"] = attached
         path = Path(path)
         write_atomically(path, lambda p: save_file(tensors, p, metadata={"jaxedit": json.dumps(about)}))
         return path
@@ -156,6 +167,11 @@ class EditPatch:
                 {l: about["edited"][str(l)] for l in layers},
                 undo,
                 about["dtype"],
+                tuple(
+                    from_plain(plain, {k[len(name) :]: x for k, x in tensors.items() if k.startswith(name)})
+                    for i, plain in enumerate(about.get("adapters", ()))
+                    for name in (f"adapter.{i}.",)
+                ),
             )
         except PatchError:
             raise
@@ -218,17 +234,21 @@ def make_patch(
 
 
 def apply_patch(model: Decoder, patch: EditPatch) -> Decoder:
-    """The model with the patch's edits. Raises PatchError where a matrix is not the one the patch was made for."""
+    """The model with the patch's edits: matrices updated, adapters attached. Raises PatchError where a matrix is not the
+    one the patch was made for."""
     matrices = _matrices(model, patch, patch.base, "apply to")
-    return with_matrices(model, {l: add(w, patch.deltas[l]) for l, w in matrices.items()})
+    edited = with_matrices(model, {l: add(w, patch.deltas[l]) for l, w in matrices.items()})
+    return attach(edited, *patch.adapters) if patch.adapters else edited
 
 
 def withdraw_patch(model: Decoder, patch: EditPatch, base: Decoder | None = None) -> Decoder:
-    """The model without the patch's edits: every edited matrix equals the base's to the last bit.
+    """The model without the patch's edits: every edited matrix equals the base's to the last bit, and its adapters are
+    gone.
 
     base: take the matrices from it instead of computing them; needed for a model in another dtype than the patch
     was made on. Raises PatchError where the model is not the patched one, or a matrix is not restored exactly.
     """
+    model = _without_adapters(model, patch)
     if base is not None:
         return with_matrices(model, _matrices(base, patch, patch.base, "withdraw with"))
     if str(model.dtype) != patch.dtype:
@@ -246,6 +266,17 @@ def withdraw_patch(model: Decoder, patch: EditPatch, base: Decoder | None = None
     return with_matrices(model, restored)
 
 
+def _without_adapters(model: Decoder, patch: EditPatch) -> Decoder:
+    """The model without the patch's adapters, which it must have."""
+    stay = list(adapters_of(model))
+    for adapter in patch.adapters:
+        at = next((i for i, mine in enumerate(stay) if same(mine, adapter)), None)
+        if at is None:
+            raise PatchError(f"cannot withdraw from this model: it does not have the patch's {type(adapter).__name__}")
+        del stay[at]
+    return attach(detach(model), *stay) if patch.adapters else model
+
+
 def _matrices(model: Decoder, patch: EditPatch, hashes: Mapping[int, str], verb: str) -> dict[int, np.ndarray]:
     stack = model.params["blocks"]["down"]["w"]
     if any(l >= stack.shape[0] or patch.undo[l].steps.shape != stack.shape[1:] for l in patch.layers):
@@ -260,6 +291,8 @@ def _matrices(model: Decoder, patch: EditPatch, hashes: Mapping[int, str], verb:
 
 def with_matrices(model: Decoder, matrices: Mapping[int, np.ndarray]) -> Decoder:
     """The model with the edited matrices of some layers replaced; all other weights are shared, not copied."""
+    if not matrices:
+        return model
     params = model.params
     stack = params["blocks"]["down"]["w"]
     layers = jnp.asarray(sorted(matrices))
