@@ -118,8 +118,8 @@ class JacobianSpread(BackwardSpread):
     def __post_init__(self):
         super().__post_init__()
         _check(self, not_negative=("damping",))
-        if self.iterations < 1:
-            raise JaxEditError(f"JacobianSpread.iterations must be at least 1, got {self.iterations}")
+        if not isinstance(self.iterations, int) or self.iterations < 1:
+            raise JaxEditError(f"JacobianSpread.iterations must be a whole number from 1 on, got {self.iterations}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

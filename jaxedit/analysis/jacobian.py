@@ -19,7 +19,7 @@ import numpy as np
 from jaxedit.data.tokens import chunks, pack, prompt_row
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.models.config import ModelConfig
-from jaxedit.models.stretch import Stretch, between, make_stretch
+from jaxedit.models.stretch import Stretch, batched, between, make_stretch
 from jaxedit.models.transformer import Context, Decoder, Params, embed, layer, run, to_key, window_of
 from jaxedit.types import EditRequest
 
@@ -49,6 +49,8 @@ def stretch(
     _check(model.config, source, target, site, to)
     if not requests:
         raise JaxEditError("there are no prompts")
+    if tokenizer is None:
+        raise JaxEditError("this model came without a tokenizer; pass one")
     rows = [prompt_row(tokenizer, r) for r in requests]
     most = model.config.max_positions
     long = [f"request {i}: its prompt has {len(r.tokens)} tokens" for i, r in enumerate(rows) if r.lookup >= most]
@@ -111,15 +113,17 @@ def _join(parts: Sequence[Stretch], n: int) -> Stretch:
     )
 
 
-@jax.jit
 def passive(of: Stretch, delta):
     """What the last layer makes of `delta` ``[…, n, d_model]``, less what it makes of nothing: the passive change
     δ_{m_L}^l of eq. 7 without the linearisation. A difference of two states: where δ is small against them it holds
-    only so many of their digits."""
-    n, d = of.shape
-    flat = delta.reshape(-1, n, d).astype(of.stream.dtype)
-    at_rest = of.reach(jnp.zeros((n, d), of.stream.dtype))
-    return jax.lax.map(lambda x: of.reach(x) - at_rest, flat).reshape(delta.shape)
+    only so many of their digits. Raises JaxEditError on another shape."""
+    return _passive(of, batched(of, delta)).reshape(jnp.shape(delta))
+
+
+@jax.jit
+def _passive(of: Stretch, flat):
+    at_rest = of.reach(jnp.zeros_like(of.stream))
+    return jax.lax.map(lambda x: of.reach(x) - at_rest, flat)
 
 
 def jacobian(of: Stretch, *, columns: int | None = None) -> np.ndarray:
@@ -177,6 +181,8 @@ def average_jacobian(
 ) -> Average:
     """The average Jacobian over many prompts, and how far single ones are from it; at most `at_once` of them are held
     at a time. Sums are float64. See `stretch` for the rest."""
+    if not requests:
+        raise JaxEditError("there are no prompts")
     total = squares = 0.0
     count = len(requests)
     for some in _batches(model, tokenizer, requests, source, target, site, to, at_once):

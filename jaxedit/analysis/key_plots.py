@@ -7,15 +7,14 @@ all. Raises JaxEditError where matplotlib is not installed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxedit.analysis.figures import save_figure
 from jaxedit.analysis.key_bounds import PREDICTIONS, Agreement, Bounds
 from jaxedit.analysis.key_neighbours import Prefix
 from jaxedit.analysis.keys import ValueNorms
-from jaxedit.cache import write_atomically
 from jaxedit.errors import JaxEditError
 
 _DPI = 80
@@ -140,5 +139,5 @@ def _figure(width: float, height: float):
 
 def _written(figure, path):
     if path is not None:
-        write_atomically(Path(path), lambda p: figure.savefig(p))
+        save_figure(figure, path)
     return figure

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxedit.analysis.figures import save_figure
 from jaxedit.analysis.record import ROLES, Trace
-from jaxedit.cache import write_atomically
 from jaxedit.errors import JaxEditError
 
 _NAMES = {"hidden": "hidden state", "mlp": "MLP", "attention": "attention"}
@@ -68,5 +68,4 @@ def plot_trace(trace: Trace, path, layers: Sequence[int] = ()) -> Path:
         f"(noise {about['noise']:g}σ, {about['samples']} samples; total effect {trace.total_effect:.2f})",
         fontsize=11,
     )
-    write_atomically(Path(path), lambda p: figure.savefig(p, dpi=130))
-    return Path(path)
+    return save_figure(figure, path, 130)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
+from jaxedit.analysis.figures import save_figure
 from jaxedit.analysis.study import Spread
-from jaxedit.cache import write_atomically
 from jaxedit.errors import JaxEditError
 
 
@@ -54,8 +52,7 @@ def plot_spread(spread: Spread, path=None):
         axis.grid(alpha=0.3)
     if path is None:
         return figure
-    write_atomically(Path(path), lambda p: figure.savefig(p, dpi=130))
-    return Path(path)
+    return save_figure(figure, path, 130)
 
 
 def _band(axis, layers, values, label: str):

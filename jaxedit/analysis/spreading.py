@@ -25,6 +25,7 @@ from jaxedit.edit import EditResult
 from jaxedit.errors import JaxEditError
 from jaxedit.export.patch import with_matrices
 from jaxedit.models.config import ModelConfig
+from jaxedit.models.fingerprint import matrix_hash
 from jaxedit.models.stretch import Stretch, push
 from jaxedit.models.transformer import Context, Decoder, Params, embed, layer, mlp_output, run
 from jaxedit.types import EditRequest
@@ -90,14 +91,21 @@ def models_on_the_way(model: Decoder, result: EditResult) -> Iterator[Decoder]:
 
 
 def walk(model: Decoder, tokenizer, requests: Sequence[EditRequest], result: EditResult) -> Walk:
-    """Follow an edit of `model` layer by layer, at the clean prompts of its requests.
+    """Follow an edit layer by layer, at the clean prompts of its requests.
 
-    Raises JaxEditError where `result` is not of these requests or has no target at its last layer.
+    model: the one that was edited. Raises JaxEditError where `result` is of another model, of other requests, or has no
+    target at its last layer.
     """
     layers, site = result.info.method.layers, _site(result)
     aim = result.targets.at(layers[-1])
     if len(aim) != len(requests):
         raise JaxEditError(f"the result is of {len(aim)} edits, and there are {len(requests)} requests")
+    if tuple(requests) != result.patch.requests:
+        raise JaxEditError("the result is of other requests; give those that were edited, in their order")
+    down = model.params["blocks"]["down"]["w"]
+    wrong = [l for l in layers if matrix_hash(np.asarray(down[l])) != result.patch.base[l]]
+    if wrong:
+        raise JaxEditError(f"the result is of another model: its layers {wrong} were others before the edit")
     rows = pack([(prompt_row(tokenizer, r),) for r in requests], until_lookup=True)
     states = [_states(at, rows, layers, site) for at in models_on_the_way(model, result)]
     change = np.stack([after[i] - before[i] for i, (before, after) in enumerate(itertools.pairwise(states))])

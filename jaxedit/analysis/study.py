@@ -140,9 +140,11 @@ def spread(
     Raises what `apply_edits` raises, and JaxEditError for methods whose anchors are found as they edit (ROME, BLUE),
     which have no target at the last layer before they begin.
     """
-    chosen = {m if isinstance(m, str) else m.name: resolve(m, model.config, layers) for m in methods}
-    if not chosen:
-        raise JaxEditError("there are no methods to study")
+    names = [m if isinstance(m, str) else m.name for m in methods]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not names or twice:
+        raise JaxEditError(f"methods named {', '.join(twice)} twice" if twice else "there are no methods to study")
+    chosen = {name: resolve(m, model.config, layers) for name, m in zip(names, methods, strict=True)}
     late = [n for n, m in chosen.items() if m.at_once is not None or isinstance(m.targets, PerLayer)]
     if late:
         raise JaxEditError(f"{', '.join(late)}: anchors are found on the model as edited so far, and nothing is spread")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from jaxedit.analysis.figures import figure_path
 from jaxedit.cli.app import app
 from jaxedit.cli.console import Work, emit, load_model, out, show_seconds
 from jaxedit.cli.inputs import checked_dtype, load_moments, parse_layers, read_facts
@@ -42,6 +43,8 @@ def spread(
       jaxedit spread smollm2-135m facts.jsonl --method alphaedit --method alphaedit+fe --layers 3-7 --json
     """
     wanted = parse_layers(layers)
+    if plot is not None:
+        figure_path(plot)
     facts = read_facts(requests, limit, skip_malformed)
     with Work() as work:
         if plot is not None and find_spec("matplotlib") is None:

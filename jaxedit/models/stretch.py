@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxedit.errors import JaxEditError
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import wide
 from jaxedit.models.transformer import (
@@ -109,21 +110,30 @@ def between(config: ModelConfig, first: int, last: int) -> ModelConfig:
     return dataclasses.replace(config, n_layer=last - first + 1, windows=config.windows[first : last + 1])
 
 
-@jax.jit
 def push(stretch: Stretch, tangents):
-    """``J v`` for each of ``[…, n, d_model]``, at δ = 0."""
-    n, d = stretch.shape
-    at = jnp.zeros((n, d), stretch.stream.dtype)
-    _, forward = jax.linearize(stretch.reach, at)
-    flat = jax.vmap(forward)(tangents.reshape(-1, n, d).astype(at.dtype))
-    return flat.reshape(tangents.shape)
+    """``J v`` for each of ``[…, n, d_model]``, at δ = 0. Raises JaxEditError on another shape."""
+    return _push(stretch, batched(stretch, tangents)).reshape(jnp.shape(tangents))
+
+
+def pull(stretch: Stretch, cotangents):
+    """``Jᵀ u`` for each of ``[…, n, d_model]``, at δ = 0. Raises JaxEditError on another shape."""
+    return _pull(stretch, batched(stretch, cotangents)).reshape(jnp.shape(cotangents))
+
+
+def batched(stretch: Stretch, vectors):
+    """Vectors ``[…, n, d_model]`` as ``[m, n, d_model]`` in the stretch's dtype."""
+    if jnp.shape(vectors)[-2:] != stretch.shape:
+        raise JaxEditError(f"a stretch takes {stretch.shape} at the end of a shape, got {jnp.shape(vectors)}")
+    return jnp.asarray(vectors, stretch.stream.dtype).reshape(-1, *stretch.shape)
 
 
 @jax.jit
-def pull(stretch: Stretch, cotangents):
-    """``Jᵀ u`` for each of ``[…, n, d_model]``, at δ = 0."""
-    n, d = stretch.shape
-    at = jnp.zeros((n, d), stretch.stream.dtype)
-    _, backward = jax.vjp(stretch.reach, at)
-    flat = jax.vmap(lambda u: backward(u)[0])(cotangents.reshape(-1, n, d).astype(at.dtype))
-    return flat.reshape(cotangents.shape)
+def _push(stretch: Stretch, flat):
+    _, forward = jax.linearize(stretch.reach, jnp.zeros_like(stretch.stream))
+    return jax.vmap(forward)(flat)
+
+
+@jax.jit
+def _pull(stretch: Stretch, flat):
+    _, backward = jax.vjp(stretch.reach, jnp.zeros_like(stretch.stream))
+    return jax.vmap(lambda u: backward(u)[0])(flat)

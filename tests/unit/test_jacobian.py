@@ -210,3 +210,14 @@ def test_what_is_not_there(exact, arguments, options, message):
     model, tokenizer, requests = exact("tiny-llama")
     with pytest.raises(JaxEditError, match=message):
         stretch(model, tokenizer, requests, *arguments, **options)
+
+
+def test_shapes_of_products(exact):
+    model, tokenizer, requests = exact("tiny-llama")
+    of = stretch(model, tokenizer, requests, 1, 2)
+    for product in (push, pull, passive):
+        assert product(of, np.ones((2, 3, *of.shape))).shape == (2, 3, *of.shape)
+        with pytest.raises(JaxEditError, match="at the end of a shape"):
+            product(of, np.ones(of.shape[::-1]))
+    with pytest.raises(JaxEditError, match="there are no prompts"):
+        average_jacobian(model, tokenizer, [], 1, 2)
