@@ -55,9 +55,10 @@ def _drop_unfinished(folder: Path) -> None:
     JAX writes a program and then, beside it, when it was last used. One that lacks that may be cut short, and as long
     as it lies there JAX, which looks at all of them, keeps no other program.
     """
-    for program in folder.glob("*-cache"):
-        if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
-            program.unlink(missing_ok=True)
+    names = set(os.listdir(folder))
+    for name in names:
+        if name.endswith("-cache") and name.removesuffix("-cache") + "-atime" not in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _unless_set(name: str, default, value) -> None:

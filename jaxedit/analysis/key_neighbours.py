@@ -16,16 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxedit.analysis.keys import checked_layers, subject_keys
+from jaxedit.analysis.keys import checked_layers, solved, subject_keys
 from jaxedit.analysis.subject_forms import SubjectPrompt
 from jaxedit.data.corpus import Corpus, Row, pack_documents, read_corpus
 from jaxedit.errors import JaxEditError
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import Context, Decoder, Params, embed, layer, run, to_key, window_of
-from jaxedit.solvers.blas import quiet_blas
 from jaxedit.solvers.factors import Factor
-from jaxedit.solvers.ridge import padded, rows_of
-from jaxedit.solvers.triangle import Triangle, backward, forward
 from jaxedit.statistics import rows_a_step
 
 _NONE = -1  # in the place of a token that is not there
@@ -83,7 +80,7 @@ def nearest_prefixes(
     size = batch or rows_a_step(model.params, length)
     asked = [SubjectPrompt.of(p) for p in prompts]
     keys = subject_keys(model, tokenizer, asked, [layer])[layer]
-    queries = _inverse_times(factor, layer, keys).astype(keys.dtype)
+    queries = solved(factor, layer, keys, both_ways=True).astype(keys.dtype)
     own = _own_tokens(tokenizer, asked)
     n = len(asked)
     best = Best(jnp.full((n, k), -jnp.inf, keys.dtype), jnp.full((n, k, window), _NONE, jnp.int32))
@@ -111,19 +108,6 @@ def _blocks(rows: Iterator[Row], size: int, length: int) -> Iterator[tuple[np.nd
     spare = (np.zeros(length, np.int32),) * 3
     while some := list(itertools.islice(rows, size)):
         yield tuple(np.stack(column) for column in zip(*some, *[spare] * (size - len(some)), strict=True))
-
-
-def _inverse_times(factor: Factor, layer: int, keys) -> np.ndarray:
-    """``C⁻¹k`` of keys ``[n, d_ff]``."""
-    triangle = factor[layer].triangle
-    rows = rows_of(keys, triangle.size, layer)
-    with jax.enable_x64(True), quiet_blas(len(rows)):
-        return np.asarray(_both_ways(triangle, padded(rows)))[: len(rows)]
-
-
-@jax.jit
-def _both_ways(t: Triangle, rows):
-    return backward(t, forward(t, rows.astype(t.diagonal[0].dtype).T)).T
 
 
 def _own_tokens(tokenizer, prompts: Sequence[SubjectPrompt]) -> np.ndarray:

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxedit.analysis.figures import save_figure
+from jaxedit.analysis.figures import new_figure, save_figure
 from jaxedit.analysis.key_bounds import PREDICTIONS, Agreement, Bounds
 from jaxedit.analysis.key_neighbours import Prefix
 from jaxedit.analysis.keys import ValueNorms
-from jaxedit.errors import JaxEditError
 
 _DPI = 80
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
@@ -27,7 +26,7 @@ def plot_similarities(groups: Mapping[str, Any], baseline: str | None = None, pa
 
     groups: name to similarities ``[n]``. baseline: the name of the group whose 99th percentile is marked.
     """
-    figure = _figure(8, 0.8 + 0.5 * len(groups))
+    figure = new_figure(8, 0.8 + 0.5 * len(groups), _DPI)
     axes, noise = figure.subplots(), np.random.default_rng(0)
     for i, (name, values) in enumerate(groups.items()):
         values = np.asarray(values, float)
@@ -56,7 +55,7 @@ def plot_key_map(groups: Mapping[str, Any], path=None, *, title: str = "") -> An
     centre = together.mean(0)
     _, s, axes_of = np.linalg.svd(together - centre, full_matrices=False)
     share = s[:2] ** 2 / max(float((s**2).sum()), np.finfo(float).tiny)
-    figure = _figure(6, 4.5)
+    figure = new_figure(6, 4.5, _DPI)
     axes = figure.subplots()
     for i, (name, k) in enumerate(keys.items()):
         at = (k - centre) @ axes_of[:2].T
@@ -75,7 +74,7 @@ def plot_neighbours(near: Sequence[Sequence[Prefix]], own, last: Sequence[str], 
     some = [i for i, found in enumerate(near) if found]
     share = np.asarray([near[i][0].similarity / own[i] for i in some])
     same = np.asarray([near[i][0].token.strip().lower() == last[i].strip().lower() for i in some])
-    figure = _figure(8, 3)
+    figure = new_figure(8, 3, _DPI)
     axes = figure.subplots()
     bins = np.linspace(0, max(1.0, float(share.max())), 26)
     parts = [share[same], share[~same]]
@@ -89,7 +88,7 @@ def plot_neighbours(near: Sequence[Sequence[Prefix]], own, last: Sequence[str], 
 def plot_value_norms(norms: ValueNorms, path=None) -> Any:
     """Norms of values at the decisive token before and after an edit, by layer."""
     layers = tuple(norms.before)
-    figure = _figure(2.2 * len(layers) + 1, 3)
+    figure = new_figure(2.2 * len(layers) + 1, 3, _DPI)
     for axes, l in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         before, after = norms.before[l], norms.after[l]
         top = float(max(before.max(), after.max()))
@@ -105,7 +104,7 @@ def plot_value_norms(norms: ValueNorms, path=None) -> Any:
 def plot_bounds(bounds: Bounds, found: Sequence[Agreement], path=None) -> Any:
     """Left: how much of the edit arrives at each prompt against the change of the gap, marked where the change is
     larger than the gap was. Right: the AUC of each prediction, from `agreement`."""
-    figure = _figure(9, 3.6)
+    figure = new_figure(9, 3.6, _DPI)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for kind, colour in _KINDS.items():
         rows = bounds.rows(kind)
@@ -127,14 +126,6 @@ def plot_bounds(bounds: Bounds, found: Sequence[Agreement], path=None) -> Any:
     right.set_xticks(range(len(PREDICTIONS)), PREDICTIONS)
     right.set(ylabel="AUC: will the edit be heard?", ylim=(0, 1.08))
     return _written(figure, path)
-
-
-def _figure(width: float, height: float):
-    try:
-        from matplotlib.figure import Figure  # no pyplot: nothing global, no window
-    except ImportError:
-        raise JaxEditError("plots need matplotlib: pip install 'jaxedit[plot]'") from None
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 
 def _written(figure, path):

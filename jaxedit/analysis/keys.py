@@ -29,7 +29,7 @@ from jaxedit.models.transformer import Context, Decoder, Params, embed, layer, m
 from jaxedit.solvers.blas import quiet_blas
 from jaxedit.solvers.factors import Factor, factorise
 from jaxedit.solvers.ridge import padded, rows_of
-from jaxedit.solvers.triangle import Triangle, forward
+from jaxedit.solvers.triangle import Triangle, backward, forward
 from jaxedit.statistics import SecondMoments
 
 _SINGULAR = 1e-10  # singular values of stored keys below this part of the largest are taken to be 0
@@ -135,15 +135,21 @@ def whitening(stats: SecondMoments, layers: Sequence[int] | None = None) -> Fact
 def whiten(factor: Factor, layer: int, keys) -> np.ndarray:
     """``L⁻¹k`` of keys ``[n, d_ff]``, in the factor's precision (float64 but on a TPU): their scalar products are
     whitening similarities, and their second moment over the corpus is the identity."""
+    return solved(factor, layer, keys, both_ways=False)
+
+
+def solved(factor: Factor, layer: int, keys, both_ways: bool) -> np.ndarray:
+    """``L⁻¹k`` of keys ``[n, d_ff]``, or both ways ``L⁻ᵀL⁻¹k = C⁻¹k``, in the factor's precision."""
     triangle = factor[layer].triangle
     rows = rows_of(keys, triangle.size, layer)
     with jax.enable_x64(True), quiet_blas(len(rows)):
-        return np.asarray(_whiten(triangle, padded(rows)))[: len(rows)]
+        return np.asarray(_solved(triangle, padded(rows), both_ways))[: len(rows)]
 
 
-@jax.jit
-def _whiten(t: Triangle, rows):
-    return forward(t, rows.astype(t.diagonal[0].dtype).T).T
+@partial(jax.jit, static_argnames="both_ways")
+def _solved(t: Triangle, rows, both_ways: bool):
+    half = forward(t, rows.astype(t.diagonal[0].dtype).T)
+    return (backward(t, half) if both_ways else half).T
 
 
 def key_similarity(factor: Factor, layer: int, keys, others=None) -> np.ndarray:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxedit.analysis.figures import save_figure
+from jaxedit.analysis.figures import new_figure, save_figure
 from jaxedit.analysis.record import ROLES, Trace
-from jaxedit.errors import JaxEditError
 
 _NAMES = {"hidden": "hidden state", "mlp": "MLP", "attention": "attention"}
 _COLOURS = {"hidden": "Purples", "mlp": "Greens", "attention": "Reds"}
@@ -22,15 +21,12 @@ def plot_trace(trace: Trace, path, layers: Sequence[int] = ()) -> Path:
     path: a .png, .pdf or .svg file, written whole or not at all. layers: a suggestion to mark.
     Raises JaxEditError where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # no pyplot: nothing global, no window
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise JaxEditError("plots need matplotlib: pip install 'jaxedit[plot]'") from None
     kinds, about = tuple(trace.effects), trace.about
     averages = {kind: trace.average(kind) for kind in kinds}
     shown = [r for r in range(len(ROLES)) if averages[kinds[0]].count[r]]
-    figure = Figure(figsize=(5 * len(kinds) + 1.5, 7.5), layout="constrained")
+    figure = new_figure(5 * len(kinds) + 1.5, 7.5)
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots(2, len(kinds), squeeze=False)
     along = np.arange(trace.n_layer)
     for column, kind in enumerate(kinds):

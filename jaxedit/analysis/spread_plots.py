@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxedit.analysis.figures import save_figure
+from jaxedit.analysis.figures import new_figure, save_figure
 from jaxedit.analysis.study import Spread
-from jaxedit.errors import JaxEditError
 
 
 def plot_spread(spread: Spread, path=None):
@@ -15,12 +14,9 @@ def plot_spread(spread: Spread, path=None):
     path: a .png, .pdf or .svg file, written whole or not at all; without one the matplotlib Figure is returned for
     a notebook to show. Bands are the middle half of the edits. Raises JaxEditError where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # no pyplot: nothing global, no window
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise JaxEditError("plots need matplotlib: pip install 'jaxedit[plot]'") from None
-    figure = Figure(figsize=(11, 7.5 if spread.studied else 4), layout="constrained")
+    figure = new_figure(11, 7.5 if spread.studied else 4)
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots(2 if spread.studied else 1, 2, squeeze=False)
     for name, walk in spread.walks.items():
         for axis, values in zip(axes[0], (walk.cosine, walk.remaining), strict=True):

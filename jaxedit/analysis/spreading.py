@@ -223,18 +223,21 @@ def premises(
     steps: int = 200,
     arnoldi: int = 30,
     seed: int = 0,
+    followed: Walk | None = None,
 ) -> Premises:
     """Measure both theorems' premises for a real edit of `model`, at every edited layer but the last.
 
     δ is what the edit changed in a layer. directions: random ones a prompt, normally distributed. steps: at most, of
     Lanczos for the ends of the symmetric part's spectrum. arnoldi: steps from δ. Nothing of J is written out.
+    followed: `walk` of the same arguments, where it is known.
 
     Raises JaxEditError where only one layer was edited.
     """
     layers: tuple[int, ...] = result.info.method.layers
     if len(layers) == 1:
         raise JaxEditError(f"only layer {layers[0]} was edited: there is nothing between it and the last one")
-    site, changes = _site(result), walk(model, tokenizer, requests, result).change
+    followed = walk(model, tokenizer, requests, result) if followed is None else followed
+    site, changes = followed.site, followed.change
     random, rows = np.random.default_rng(seed), []
     for i, (at, l) in enumerate(zip(models_on_the_way(model, result), layers[:-1], strict=False)):
         of = stretch(at, tokenizer, requests, l, layers[-1], site=site)

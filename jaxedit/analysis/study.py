@@ -173,8 +173,8 @@ def spread(
         return Spread(every, walks, None, None, (), {}, aims)
     studied = spreads[0]
     method, result = chosen[studied], results[studied]
-    asked = premises(model, tokenizer, requests, result, directions=directions, seed=seed)
     first = walks[studied]
+    asked = premises(model, tokenizer, requests, result, directions=directions, seed=seed, followed=first)
     steps = tuple(
         step_sizes(
             stretch(model, tokenizer, requests, l, method.layers[-1], site=first.site),

@@ -35,6 +35,11 @@ def made(tiny, goldens):
     return load
 
 
+def methods_with(cov_weight: float, model, names: tuple[str, ...]) -> list[je.Method]:
+    solver = je.Ridge(cov_weight=cov_weight)
+    return [dataclasses.replace(je.method_for(name, model.config, LAYERS), solver=solver) for name in names]
+
+
 @pytest.fixture(scope="module")
 def strong(made):
     """``strong(name)``: the study of edits that take; next to nothing of the residual remains."""
@@ -42,10 +47,7 @@ def strong(made):
     @functools.cache
     def study(name: str):
         model, tokenizer, requests, stats = made(name)
-        methods = [
-            dataclasses.replace(je.method_for(m, model.config, LAYERS), solver=je.Ridge(cov_weight=50.0))
-            for m in ("memit", "memit_no_divide", "one_layer", "fe")
-        ]
+        methods = methods_with(50.0, model, ("memit", "memit_no_divide", "one_layer", "fe"))
         return spread(model, tokenizer, requests, methods, stats=stats, templates=TEMPLATES)
 
     return study
@@ -58,10 +60,7 @@ def gentle(made):
     @functools.cache
     def walks(name: str):
         model, tokenizer, requests, stats = made(name)
-        methods = [
-            dataclasses.replace(je.method_for(m, model.config, LAYERS), solver=je.Ridge(cov_weight=15_000.0))
-            for m in ("memit_no_divide", "jacobian_spread")
-        ]
+        methods = methods_with(15_000.0, model, ("memit_no_divide", "jacobian_spread"))
         aims = je.targets(model, tokenizer, requests, methods[0], templates=TEMPLATES)
         options = {"stats": stats, "targets": aims, "templates": TEMPLATES}
         results = [je.apply_edits(model, tokenizer, requests, m, **options) for m in methods]
