@@ -121,7 +121,7 @@ class EditPatch:
         for i, adapter in enumerate(self.adapters):
             plain, arrays = to_plain(adapter)
             attached.append(plain)
-            tensors |= {f"adapter.{i}.{name}": np.ascontiguousarray(x) for name, x in arrays.items()}
+            tensors |= {f"adapter.{i}.{name}": np.array(x, order="C") for name, x in arrays.items()}
         about = {
             "format": FORMAT,
             "method": self.method,

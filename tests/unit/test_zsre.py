@@ -60,7 +60,7 @@ def test_merged_rows_cover_all_and_none_begins_another(texts, data):
     rows = [(ids, data.draw(st.integers(1, len(ids)))) for ids in texts]
     kept, home = _merged(rows)
     for ids, n in rows:
-        longest, start = kept[home[ids]]
+        longest, start = kept[home[ids, n]]
         assert longest[: len(ids)] == ids and 0 <= start <= len(ids) - n
     for ids, _ in kept:
         assert sum(longest[: len(ids)] == ids for longest, _ in kept) == 1
