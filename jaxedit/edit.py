@@ -10,22 +10,25 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.adapters.editors import Editor, editor_of
+from jaxedit.adapting import edit_with, host_of
+from jaxedit.chances import probabilities
 from jaxedit.config import BackwardSpread, Method, PerLayer
 from jaxedit.data.templates import sample_templates
-from jaxedit.data.tokens import CLEAN, EditTokens, check_templates, chunks, pack, template_weights, validate
+from jaxedit.data.tokens import CLEAN, check_templates, template_weights, validate
 from jaxedit.errors import JaxEditError
-from jaxedit.export.patch import EditPatch, make_patch, with_matrices
-from jaxedit.info import EditInfo, make_info
+from jaxedit.export.patch import make_patch, with_matrices
+from jaxedit.info import make_info
 from jaxedit.layer_loop import Progress, anchor_progress
 from jaxedit.models.config import ModelConfig
-from jaxedit.models.transformer import Context, Decoder, Params, embed, run, unembed
+from jaxedit.models.sites import refuse_adapters
+from jaxedit.models.transformer import Decoder
 from jaxedit.passes import Clock, Grouping, Passes
 from jaxedit.plain import describe
 from jaxedit.presets import resolve
+from jaxedit.result import EditResult
 from jaxedit.sharding import mesh_of
 from jaxedit.solvers.prepare import Prepared, prepare, protect_keys
 from jaxedit.statistics import SecondMoments, second_moments
@@ -34,30 +37,11 @@ from jaxedit.targets.strategies import Targets, make_targets
 from jaxedit.types import EditRequest
 
 
-@dataclasses.dataclass(frozen=True)
-class EditResult:
-    """The edited model, the edits as a patch, and what happened.
-
-    keys: per layer ``[n, d_ff]``, this edit's and all earlier ones': what a further `apply_edits` on this result
-    protects. factor: what was solved with, which protects the earlier ones' already; a further `apply_edits` with the
-    same solver and statistics absorbs the rest into it. To protect other keys, replace `keys` and set factor to None;
-    that also frees its memory.
-    """
-
-    model: Decoder
-    patch: EditPatch
-    info: EditInfo
-    targets: Targets
-    keys: dict[int, np.ndarray]
-    stats: SecondMoments
-    factor: Prepared | None = None
-
-
 def apply_edits(
     model: Decoder | EditResult,
     tokenizer,
     requests: Sequence[EditRequest],
-    method: str | Method = "fe",
+    method: str | Method | Editor = "fe",
     layers: Sequence[int] | None = None,
     stats: SecondMoments | None = None,
     targets: Targets | None = None,
@@ -68,11 +52,13 @@ def apply_edits(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> EditResult:
-    """Write all `requests` into the model at once.
+    """Make all `requests` at once.
 
     model: stays as it is. An EditResult continues from its model with the keys of its edits protected (the
-        published ``cache_c``).
-    method: a name (see `jaxedit.presets`) or a `Method`; layers: instead of the method's.
+        published ``cache_c``), or, of an editor that adds parameters, from what it has added.
+    method: a name (of METHODS or EDITORS; see `jaxedit.presets` and `jaxedit.adapters.editors`), a `Method`, which is
+        solved for the weights of some layers, or the settings of an editor that adds parameters, such as `IReVa`, for
+        which stats, targets, templates, factor and anchor_cache mean nothing. layers: instead of the method's.
     stats: second moments of the keys at those layers, by default computed from the packaged corpus and cached.
     targets: made earlier by `targets` or elsewhere; by default found here. With PerLayer they may cover only some
         layers, and the others are found on the model as edited so far. templates: context templates, "{}"
@@ -90,6 +76,13 @@ def apply_edits(
     method, layers, statistics or targets do not fit the model. Nothing is changed in that case.
     """
     requests = tuple(requests)
+    editor = editor_of(method, host_of(model).config, layers)
+    if editor is not None:
+        unused = {"stats": stats, "targets": targets, "templates": templates, "factor": factor}
+        if given := [name for name, value in unused.items() if value is not None]:
+            raise JaxEditError(f"{type(editor).__name__} solves for no weights; leave out {', '.join(given)}")
+        return edit_with(editor, model, tokenizer, requests, seed=seed, on_progress=on_progress)
+    assert isinstance(method, str | Method)
     return edit_grouped(
         *(model, tokenizer, requests, method, Grouping.of(len(requests)), layers, stats, targets, templates),
         factor=factor,
@@ -118,9 +111,8 @@ def edit_grouped(
 ) -> EditResult:
     """`apply_edits` for requests in groups, and for batches of a stream, which hand on `rooms`."""
     previous = model if isinstance(model, EditResult) else None
-    base = previous.model if previous is not None else model
-    if not isinstance(base, Decoder):
-        raise JaxEditError(f"model must be a Decoder (from jaxedit.load) or an EditResult, got {type(base).__name__}")
+    base = host_of(model)
+    refuse_adapters(base, "solve for its weights")
     clock = Clock()
     config = base.config
     method = resolve(method, config, layers)
@@ -170,6 +162,7 @@ def find_targets(
     With PerLayer (BLUE) each layer's anchor is found on the unedited model here, while `apply_edits` finds the
     later ones on the model as edited so far.
     """
+    refuse_adapters(model, "find targets on it")
     method = resolve(method, model.config, layers)
     templates = check_templates(sample_templates(model, tokenizer, seed) if templates is None else templates)
     edits = validate(tokenizer, tuple(requests), templates, model.config.max_positions)
@@ -198,7 +191,7 @@ def _check_targets(targets: Targets | None, method: Method, n: int, config: Mode
 
 
 def _statistics(stats, previous, base, tokenizer, method, on_progress) -> SecondMoments:
-    if stats is None and previous is not None and set(method.layers) <= set(previous.stats.layers):
+    if stats is None and previous is not None and previous.stats and set(method.layers) <= set(previous.stats.layers):
         stats = previous.stats
     if stats is None:
         report = None if on_progress is None else partial(on_progress, "statistics")
@@ -234,26 +227,3 @@ def _fits(prepared: Prepared, method: Method) -> bool:
 
 def _protects(prepared: Prepared) -> bool:
     return any(part.protected for part in prepared.parts.values())
-
-
-def probabilities(params: Params, config: ModelConfig, edits: Sequence[EditTokens]) -> np.ndarray:
-    """Probability ``[n]`` of each whole target after its clean prompt (float32 log-probabilities)."""
-    packed = pack([e.contexts[:1] for e in edits])
-    n, width = len(edits), max(len(e.target) for e in edits)
-    at, answers, weights = np.zeros((n, width), np.int32), np.zeros((n, width), np.int32), np.zeros((n, width))
-    for i, e in enumerate(edits):
-        t = len(e.target)
-        at[i, :t] = len(e.contexts[0].tokens) - t + np.arange(t)
-        answers[i, :t], weights[i, :t] = e.target, 1
-    columns = (*packed.as_tuple()[:3], at, answers, weights)
-    parts = [_chances(params, config, *part) for part in chunks(columns, packed.tokens.shape[1])]
-    return np.concatenate([np.asarray(p) for p in parts])[:n]
-
-
-@partial(jax.jit, static_argnames=("config",))
-def _chances(params, config: ModelConfig, tokens, positions, segments, at, answers, weights):
-    context = Context(positions, segments)
-    h = run(params, config, embed(params, config, tokens, context), context, 0, config.n_layer)
-    log_probs = jax.nn.log_softmax(unembed(params, config, jnp.take_along_axis(h, at[..., None], 1)), -1)
-    chosen = jnp.take_along_axis(log_probs, answers[..., None], 2)[..., 0]
-    return jnp.exp(jnp.sum(chosen * weights.astype(chosen.dtype), -1))

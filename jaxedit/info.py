@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxedit.config import Method
+from jaxedit.errors import JaxEditError
+from jaxedit.plain import finite
 
 if TYPE_CHECKING:
+    from jaxedit.adapters.editors import Editor
     from jaxedit.passes import Passes
     from jaxedit.targets.strategies import Targets
 
@@ -41,13 +44,15 @@ class LayerInfo:
 class EditInfo:
     """What happened to each edit and in each layer.
 
+    method: or the settings of an editor that adds parameters. Of such an editor there are no layers, and `trace` has
+    arrays with the edits as their first axis; which ones, the editor's `edit` says.
     Per edit, ``[n]``: `updates` (Adam's), `final_loss`, `init_norm` ‖h‖ and `delta_norm` ‖δ‖ of the first anchor
     (None where targets without anchors were given); `probability_before` and `probability_after` of the whole
     target. remaining: ``[layers + 1, n]`` norm of the residual at the last edited layer, before the first edit and
     after each layer. seconds: wall-clock time by stage, compilation included.
     """
 
-    method: Method
+    method: Method | Editor
     templates: tuple[tuple[str, ...], ...]
     layers: tuple[LayerInfo, ...]
     remaining: np.ndarray
@@ -59,6 +64,19 @@ class EditInfo:
     probability_before: np.ndarray
     probability_after: np.ndarray
     seconds: dict[str, float]
+    trace: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The method's."""
+        return self.method.name
+
+    @property
+    def solved(self) -> Method:
+        """The method, of one that solves for weights. Raises JaxEditError of another."""
+        if not isinstance(self.method, Method):
+            raise JaxEditError(f"{self.name!r} adds parameters; this is about methods that solve for weights")
+        return self.method
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -68,7 +86,8 @@ class EditInfo:
 
         made = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "method"}
         made["layers"] = [dataclasses.asdict(l) for l in self.layers]
-        return {"method": self.method.name, **made}
+        made["trace"] = {name: finite(x.tolist()) for name, x in self.trace.items()}
+        return {"method": self.name, **made}
 
 
 def make_info(method: Method, templates, targets: Targets, work: Passes, matrices, chances, seconds) -> EditInfo:

@@ -4,12 +4,13 @@ Targets are found on the base model, for each edit by itself. So a ledger keeps 
 model is solved from them: withdrawing an edit is solving again without it, at no anchor's cost, and gives what
 editing from scratch with the remaining requests gives. Targets that depend on other edits (PerLayer's above the first
 layer; all, where edits are made one after the other) are not kept, but found while solving.
+
+Of an editor that adds parameters, what it has added is kept, and added to or taken from.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxedit.config import BackwardSpread, Method, PerLayer
+from jaxedit.adapters.attached import attach, from_plain, to_plain
+from jaxedit.adapters.editors import Editor, describe_editor, editor_from_plain, editor_of
+from jaxedit.adapting import adapted
+from jaxedit.config import Method
 from jaxedit.data.templates import sample_templates
 from jaxedit.data.tokens import CLEAN, check_templates, template_weights, validate
 from jaxedit.edit import EditResult, apply_edits
@@ -25,13 +29,15 @@ from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.export.patch import EditPatch
 from jaxedit.layer_loop import Progress, anchor_progress
 from jaxedit.ledger_files import LedgerRecord, locked, read_record, write_record
-from jaxedit.models.fingerprint import matrix_hash, whole_fingerprint
+from jaxedit.ledger_targets import from_arrays, identity, own_layers, statistics_named, to_arrays
+from jaxedit.models.fingerprint import whole_fingerprint
+from jaxedit.models.sites import refuse_adapters
 from jaxedit.models.transformer import Decoder
+from jaxedit.passes import Clock
 from jaxedit.plain import describe, method_from_plain
 from jaxedit.presets import resolve
 from jaxedit.solvers.prepare import Prepared
 from jaxedit.statistics import SecondMoments
-from jaxedit.targets.anchor import Anchors
 from jaxedit.targets.strategies import Targets, make_targets
 from jaxedit.types import EditRequest
 
@@ -47,7 +53,7 @@ class Ledger:
 
     base: Decoder
     tokenizer: Any
-    method: Method
+    method: Method | Editor
     record: LedgerRecord
     stats: SecondMoments | None = None
     factor: Prepared | None = None
@@ -57,7 +63,7 @@ class Ledger:
         cls,
         base: Decoder,
         tokenizer,
-        method: str | Method = "fe",
+        method: str | Method | Editor = "fe",
         layers: Sequence[int] | None = None,
         stats: SecondMoments | None = None,
         templates=None,
@@ -71,6 +77,14 @@ class Ledger:
         """
         if not isinstance(base, Decoder):
             raise JaxEditError(f"a ledger needs the unedited Decoder (from jaxedit.load), got {type(base).__name__}")
+        refuse_adapters(base, "keep a ledger of it")
+        editor = editor_of(method, base.config, layers)
+        if editor is not None:
+            if stats is not None or templates is not None:
+                raise JaxEditError(f"{editor.name!r} solves for no weights; leave out stats and templates")
+            about = (whole_fingerprint(base.params, base.config), str(base.dtype), None)
+            return cls(base, tokenizer, editor, LedgerRecord(describe_editor(editor), CLEAN, seed, *about))
+        assert isinstance(method, str | Method)
         method = resolve(method, base.config, layers)
         plain = describe(method)
         if method_from_plain(plain) != method:
@@ -95,11 +109,16 @@ class Ledger:
             raise JaxEditError(f"the ledger {path} is of a {record.dtype} model and this one is {base.dtype}")
         if record.base != whole_fingerprint(base.params, base.config):
             raise JaxEditError(f"the ledger {path} is of another base model; give the one that it was created with")
+        editor = editor_from_plain(record.method)
+        if editor is not None:
+            if stats is not None:
+                raise JaxEditError(f"the ledger {path} is of {editor.name!r}, which solves for no weights")
+            return cls(base, tokenizer, editor, record)
         method = method_from_plain(record.method)
         if stats is not None and identity(stats, method, base) != record.statistics:
             raise JaxEditError(
-                f"the ledger {path} is solved with other second moments ({_named(record.statistics)}); give those, or "
-                "leave stats out and change them with `with_stats`"
+                f"the ledger {path} is solved with other second moments ({statistics_named(record.statistics)}); give "
+                "those, or leave stats out and change them with `with_stats`"
             )
         read = cls(base, tokenizer, method, record, stats)
         try:
@@ -151,6 +170,8 @@ class Ledger:
         requests = tuple(requests)
         made, problems = self.record.numbered(requests)
         _check(self, requests, self.record.requests, problems)
+        if not isinstance(self.method, Method):
+            return self._attached(self._more(self.state, requests, on_progress), {**self.record.requests, **made}, made)
         return self._with(self.record.with_edits(made, self._find(requests, anchor_cache, on_progress)))
 
     def update(
@@ -160,15 +181,22 @@ class Ledger:
         old, id = self.get(id), str(id)
         request = dataclasses.replace(request, id=old.id)
         _check(self, (request,), {other: r for other, r in self.record.requests.items() if other != id})
+        if not isinstance(self.method, Method):
+            left = self._without([id])
+            state = left._more(left.state, (request,), on_progress)
+            return left._attached(state, {**self.record.requests, id: request}, [id])
         arrays = self._find((request,), anchor_cache, on_progress)
         return self._with(self.record.with_replaced(id, request, arrays))
 
     def withdraw(self, ids: str | int | Iterable[str | int]) -> Ledger:
         """The ledger without some edits. Raises JaxEditError naming every id that it does not have."""
-        return self._with(self.record.without([ids] if isinstance(ids, str | int) else ids))
+        ids = [ids] if isinstance(ids, str | int) else list(ids)
+        return self._with(self.record.without(ids)) if isinstance(self.method, Method) else self._without(ids)
 
     def with_stats(self, stats: SecondMoments | None) -> Ledger:
         """The same edits, solved with other second moments; None for the default ones. Their targets stay."""
+        if not isinstance(self.method, Method):
+            raise JaxEditError(f"{self.method.name!r} solves for no weights, so it needs no second moments")
         record = self.record.with_statistics(identity(stats, self.method, self.base))
         return Ledger(self.base, self.tokenizer, self.method, record, stats)
 
@@ -177,12 +205,20 @@ class Ledger:
         """Targets of all edits, at the layers where they depend on no other edit; None where there are none such."""
         if not len(self):
             raise JaxEditError("the ledger holds no edits")
-        layers = _own_layers(self.method)
-        return _from_arrays(self.record.arrays, layers) if layers else None
+        layers = own_layers(self.method) if isinstance(self.method, Method) else ()
+        return from_arrays(self.record.arrays, layers) if layers else None
+
+    @property
+    def state(self) -> Any:
+        """What an editor that adds parameters has added; None where that is nothing."""
+        plain = self.record.adapter
+        return None if plain is None else from_plain(plain, self.record.held)
 
     @property
     def model(self) -> Decoder:
         """The base with all edits; the base itself where there are none."""
+        if not isinstance(self.method, Method):
+            return self.base if self.state is None else attach(self.base, self.state)
         return self.result.model if len(self) else self.base
 
     @property
@@ -200,10 +236,16 @@ class Ledger:
 
         Raises JaxEditError where the ledger holds no edits.
         """
+        requests = tuple(self.record.requests.values())
+        if not isinstance(self.method, Method):
+            if not requests:
+                raise JaxEditError("the ledger holds no edits")
+            pair = (self.base, self.model)
+            return adapted(self.method, self.tokenizer, requests, requests, *pair, self.state, {}, Clock())
         return apply_edits(
             self.base,
             self.tokenizer,
-            tuple(self.record.requests.values()),
+            requests,
             self.method,
             stats=self.stats,
             targets=self.targets,
@@ -223,16 +265,47 @@ class Ledger:
             factor = None  # it holds this state's keys in place
         return dataclasses.replace(self, record=record, stats=solved.stats, factor=factor)
 
+    def _more(self, state, requests: Sequence[EditRequest], on_progress: Progress | None):
+        """A state with more edits."""
+        assert not isinstance(self.method, Method)
+        seed = self.record.seed or 0
+        return self.method.edit(self.base, self.tokenizer, requests, state=state, seed=seed, on_progress=on_progress)[0]
+
+    def _attached(self, state, requests: Mapping[str, EditRequest], new: Iterable[str]) -> Ledger:
+        """The ledger of `requests`, whose last edits in the state are the `new` ones."""
+        made = {id: self.record.given + i for i, id in enumerate(new)}
+        numbers = {**self.record.numbers, **made}
+        given = self.record.given + len(made)
+        return dataclasses.replace(self, record=self.record.with_adapter(requests, to_plain(state), numbers, given))
+
+    def _without(self, ids: Sequence[str | int]) -> Ledger:
+        """The ledger of an editor that adds parameters without some edits. Where edits share what was added, the others
+        are made again."""
+        assert not isinstance(self.method, Method)
+        gone = {str(id) for id in ids}
+        self.record.rows(ids)
+        kept = {id: r for id, r in self.record.requests.items() if id not in gone}
+        empty = dataclasses.replace(self, record=self.record.with_adapter({}, None, {}, 0))
+        if not kept:
+            return empty
+        if not self.method.separable:
+            return empty._attached(self._more(None, tuple(kept.values()), None), kept, kept)
+        numbers = self.record.numbers
+        state = to_plain(self.state.without([numbers[id] for id in gone]))
+        left = {id: numbers[id] for id in kept}
+        return dataclasses.replace(self, record=self.record.with_adapter(kept, state, left, self.record.given))
+
     def _find(self, requests, anchor_cache: Path | None, on_progress: Progress | None) -> dict[str, np.ndarray]:
         """Targets of some requests on the base, where they depend on no other edit."""
-        config, templates, layers = self.base.config, self.record.templates, _own_layers(self.method)
+        assert isinstance(self.method, Method)
+        config, templates, layers = self.base.config, self.record.templates, own_layers(self.method)
         edits = validate(self.tokenizer, requests, templates, config.max_positions)
         if not layers:
             return {}
         method = dataclasses.replace(self.method, layers=layers)
         weights = template_weights(templates, method.key_average)
         report = anchor_progress(on_progress, edits)
-        return _to_arrays(make_targets(self.base.params, config, edits, method, weights, report, anchor_cache))
+        return to_arrays(make_targets(self.base.params, config, edits, method, weights, report, anchor_cache))
 
 
 def _check(ledger: Ledger, requests: tuple[EditRequest, ...], others: Mapping[str, EditRequest], problems=()):
@@ -254,71 +327,6 @@ def _check(ledger: Ledger, requests: tuple[EditRequest, ...], others: Mapping[st
             problems.append(f"request {i} contradicts {there} and {request.target!r}; update or withdraw that edit")
     if problems:
         raise RequestError(problems)
-
-
-def identity(stats: SecondMoments | None, method: Method, base: Decoder) -> dict[str, Any] | None:
-    """What tells second moments at the method's layers from others: where they come from, if they say so, or else
-    hashes of the matrices. None for the default ones.
-
-    Raises StatisticsError where they do not fit the model or lack a layer.
-    """
-    if stats is None:
-        return None
-    stats.check(base)
-    counts = {str(l): stats[l].count for l in method.layers}
-    about = {name: value for name, value in stats.about.items() if name != "implementation"}
-    if about and stats.fingerprint is not None:
-        found = {"counts": counts, "fingerprint": stats.fingerprint, "about": about}
-    else:
-        found = {"counts": counts, "hashes": {str(l): matrix_hash(stats[l].matrix) for l in method.layers}}
-    return json.loads(json.dumps(found, default=str))
-
-
-def _named(statistics: Mapping[str, Any] | None) -> str:
-    if statistics is None:
-        return "the default ones, of the packaged corpus"
-    corpus = statistics.get("about", {}).get("corpus")
-    counts = ", ".join(str(n) for n in sorted(set(statistics["counts"].values())))
-    return f"over {counts} tokens" + (f" of the corpus with hash {corpus}" if corpus else "")
-
-
-def _own_layers(method: Method) -> tuple[int, ...]:
-    """The layers whose targets have to be kept, as they are made of the edit alone and not of other targets."""
-    if method.at_once is not None:  # anchors are found on the model as edited so far
-        return ()
-    match method.targets:
-        case PerLayer():
-            return method.layers[:1]
-        case BackwardSpread():
-            return method.layers[-1:]
-        case _:
-            return method.layers
-
-
-def _to_arrays(targets: Targets) -> dict[str, np.ndarray]:
-    """Targets as arrays that have the edit as their first axis."""
-    arrays = {"values": np.moveaxis(np.asarray(targets.values), 0, 1)}
-    if targets.keys is not None:
-        arrays["keys"] = np.moveaxis(np.asarray(targets.keys), 0, 1)
-    if targets.lookup is not None:
-        arrays["lookup"] = np.asarray(targets.lookup)
-    n = len(arrays["values"])
-    for l, anchors in targets.anchors.items():
-        for name, x in anchors._asdict().items():
-            arrays[f"anchors.{l}.{name}"] = np.full(n, x) if np.ndim(x) == 0 else np.asarray(x)
-    return arrays
-
-
-def _from_arrays(arrays: Mapping[str, np.ndarray], layers: tuple[int, ...]) -> Targets:
-    """The targets again; the padding of anchors found in several calls is their mean."""
-    fields: dict[int, dict[str, Any]] = {}
-    for name, x in arrays.items():
-        if name.startswith("anchors."):
-            _, l, field = name.split(".")
-            fields.setdefault(int(l), {})[field] = float(x.mean()) if field == "padding" else x
-    keys = np.moveaxis(arrays["keys"], 1, 0) if "keys" in arrays else None
-    anchors = {l: Anchors(**found) for l, found in fields.items()}
-    return Targets(layers, np.moveaxis(arrays["values"], 1, 0), arrays.get("lookup"), anchors, keys)
 
 
 def _words(text: str) -> str:

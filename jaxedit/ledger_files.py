@@ -23,7 +23,7 @@ from jaxedit.errors import JaxEditError
 from jaxedit.types import EditRequest
 
 FORMAT = "jaxedit-ledger-1"
-_TEXT = "record"
+_TEXT, _HELD = "record", "adapter."
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -32,9 +32,12 @@ class LedgerRecord:
 
     method: as `jaxedit.edit.describe` gives it. templates: what anchors are found in; seed: that they were sampled
     with, None where they were given. base, dtype: fingerprint and dtype of the base's weights. statistics: which were
-    given to solve with (`jaxedit.ledger.identity`), None for the default ones.
+    given to solve with (`jaxedit.ledger_targets.identity`), None for the default ones.
     requests: by id. arrays: the edits' targets and how they were found, each with the edit as its first axis; none
     where targets depend on other edits.
+    adapter, held: of an editor that adds parameters, what is attached to the base, as plain data and arrays (see
+    `jaxedit.adapters.attached.to_plain`), None and empty without edits; numbers: of each edit by id in it; given: how
+    many it was ever given.
     next_id: the number that the next edit without an id gets. No number is given twice.
     lineage: hashes of this state, which is the last, and of those it was made from since it was read or created.
     """
@@ -49,6 +52,10 @@ class LedgerRecord:
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     next_id: int = 0
     lineage: tuple[str, ...] = ()
+    adapter: Mapping[str, Any] | None = None
+    held: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    numbers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    given: int = 0
 
     def __post_init__(self):
         if not self.lineage:
@@ -106,6 +113,17 @@ class LedgerRecord:
         stay = [row for row in range(len(self.requests)) if row not in gone]
         kept = {id: r for row, (id, r) in enumerate(self.requests.items()) if row not in gone}
         return self._next(requests=kept, arrays={name: x[stay] for name, x in self.arrays.items()} if kept else {})
+
+    def with_adapter(
+        self,
+        requests: Mapping[str, EditRequest],
+        attached: tuple[Mapping[str, Any], Mapping[str, np.ndarray]] | None,
+        numbers: Mapping[str, int],
+        given: int,
+    ) -> LedgerRecord:
+        """Other edits, and what is then attached to the base."""
+        adapter, held = attached or (None, {})
+        return self._next(requests=dict(requests), adapter=adapter, held=held, numbers=dict(numbers), given=given)
 
     def with_statistics(self, statistics: Mapping[str, Any] | None) -> LedgerRecord:
         """The same edits, to be solved with other statistics."""
@@ -194,11 +212,12 @@ def write_record(record: LedgerRecord, path) -> Path:
         {
             field.name: getattr(record, field.name)
             for field in dataclasses.fields(record)
-            if field.name not in ("requests", "arrays", "lineage")
+            if field.name not in ("requests", "arrays", "held", "lineage")
         }
         | {"requests": {id: dataclasses.asdict(r) for id, r in record.requests.items()}}
     )
-    tensors = {name: np.ascontiguousarray(x) for name, x in record.arrays.items()}
+    arrays = {**record.arrays, **{_HELD + name: x for name, x in record.held.items()}}
+    tensors = {name: np.array(x, order="C") for name, x in arrays.items()}
     tensors[_TEXT] = np.frombuffer(text.encode(), np.uint8)
     header = {"jaxedit": json.dumps({"format": FORMAT, "state": record.lineage[-1]})}
     path = Path(path).resolve()
@@ -222,7 +241,8 @@ def read_record(path) -> LedgerRecord:
         about = json.loads(tensors.pop(_TEXT).tobytes())
         about["templates"] = tuple(map(tuple, about["templates"]))
         about["requests"] = {id: EditRequest(**r) for id, r in about["requests"].items()}
-        return LedgerRecord(**about, arrays=tensors, lineage=(state,))
+        held = {name[len(_HELD) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_HELD)}
+        return LedgerRecord(**about, arrays=tensors, held=held, lineage=(state,))
 
 
 def _state(path: Path) -> str:

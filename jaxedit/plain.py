@@ -31,10 +31,10 @@ def method_from_plain(plain: Any, where: str = "method") -> Method:
     """
     if not isinstance(plain, Mapping):
         raise JaxEditError(f"{where}: is {plain!r}, expected names with values")
-    return _built(Method, plain, where)
+    return built(Method, plain, where)
 
 
-def _built(kind: type, values: Mapping[str, Any], where: str) -> Any:
+def built(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """An instance of a dataclass from plain data that fits its annotations."""
     hints = get_type_hints(kind)
     refuse_unknown(where, values, hints)
@@ -52,7 +52,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         kind = value.get("kind", next(iter(classes), None))
         if kind not in classes:
             raise JaxEditError(f"{where}.kind: {kind!r} is not known here; it must be one of {sorted(classes)}")
-        return _built(classes[kind], {name: v for name, v in value.items() if name != "kind"}, where)
+        return built(classes[kind], {name: v for name, v in value.items() if name != "kind"}, where)
     tuples = [x for x in options if get_origin(x) is tuple]
     if isinstance(value, list) and tuples:
         return tuple(_value(v, get_args(tuples[0])[0], f"{where}[{i}]") for i, v in enumerate(value))

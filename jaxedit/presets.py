@@ -74,6 +74,7 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 METHODS = tuple(RECIPES)
+EDITORS = ("ireva", "cache", "grace", "melo", "wise")  # that add parameters: see `jaxedit.adapters.editors`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +193,12 @@ def method_for(name: str, config: ModelConfig, layers: tuple[int, ...] | None = 
     """
     known, plus, replay = name.partition("+")
     if known not in RECIPES or (plus and replay != "fe"):
-        near = difflib.get_close_matches(known, METHODS, 1)
+        near = difflib.get_close_matches(known.lower(), (*METHODS, *EDITORS), 1)
         meant = f"; did you mean {near[0]!r}?" if near and near[0] != known else ""
-        raise JaxEditError(f"unknown method {name!r}{meant}\nknown, also followed by '+fe': {', '.join(METHODS)}")
+        raise JaxEditError(
+            f"unknown method {name!r}{meant}\nknown, also followed by '+fe': {', '.join(METHODS)}\n"
+            f"and, adding parameters: {', '.join(EDITORS)}"
+        )
     found = preset_name(config)
     if found is None and layers is None:
         first = max(1, config.n_layer // 8)

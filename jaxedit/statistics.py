@@ -31,6 +31,7 @@ from jaxedit.errors import JaxEditError, StatisticsError
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.fingerprint import fingerprint
 from jaxedit.models.layers import wide
+from jaxedit.models.sites import refuse_adapters
 from jaxedit.models.transformer import Decoder
 from jaxedit.moments_pass import PartialSums, moments_of_rows
 from jaxedit.sharding import data_shards, mesh_of
@@ -301,6 +302,7 @@ def second_moments(
     Raises StatisticsError where layers are missing or not in the model, or keys are not finite; JaxEditError
     where the corpus cannot be read.
     """
+    refuse_adapters(model, "gather second moments")
     config = model.config
     layers = _checked_layers(layers, config)
     if tokenizer is None:

@@ -151,7 +151,7 @@ def edit_stream(
             f"the first batch crossed a limit of the guard: {steps[0].warning}" if steps else "there are no batches"
         )
         raise JaxEditError(f"nothing was edited: {reason}")
-    patch, matrices = make_patch(describe(last.info.method), requests, originals, deltas)
+    patch, matrices = make_patch(describe(last.info.solved), requests, originals, deltas)
     return StreamResult(last, with_matrices(base, matrices), patch, tuple(steps), stopped)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,9 @@ class CachingEditor:
         values are of BERT (6.5), BART (3) and distilGPT-2 (2.5).
         None: the `quantile` of distances from the edits' prompts to the nearest text of another edit; see `calibrate`.
     """
+
+    name: ClassVar[str] = "cache"
+    separable: ClassVar[bool] = True  # whether one edit can be withdrawn from what was added
 
     radius: float | None = None
     quantile: float = 0.01

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,9 @@ class Grace:
     at all tokens, also those that follow. include_query: with "prompt", whether the last token is one of them; in
     published code it is not.
     """
+
+    name: ClassVar[str] = "grace"
+    separable: ClassVar[bool] = True  # whether one edit can be withdrawn from what was added
 
     layer: int | None = None
     linear: Linear = "down"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,9 @@ class IReVa:
     steps, lr, betas, weight_decay: AdamW's. Published code has its library's weight decay, 0.01, where the paper says
         Adam. together: edits optimised at once; bounds memory, and changes results by rounding only.
     """
+
+    name: ClassVar[str] = "ireva"
+    separable: ClassVar[bool] = True  # whether one edit can be withdrawn from what was added
 
     layers: tuple[int, ...] | None = None
     alpha: float = 0.2

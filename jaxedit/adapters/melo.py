@@ -176,6 +176,9 @@ class Melo:
     rate is halved.
     """
 
+    name: ClassVar[str] = "melo"
+    separable: ClassVar[bool] = True  # whether one edit can be withdrawn from what was added
+
     index: int | None = None
     layers: tuple[int, ...] | None = None
     radius: float = 0.5

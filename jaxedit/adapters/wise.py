@@ -157,6 +157,9 @@ class Wise:
     unrelated: texts for edits that come without a neighbourhood prompt, which is used where there is one.
     """
 
+    name: ClassVar[str] = "wise"
+    separable: ClassVar[bool] = False  # whether one edit can be withdrawn from what was added
+
     layer: int | None = None
     share: float = 0.2
     lr: float = 1.0

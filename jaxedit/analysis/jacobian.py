@@ -19,6 +19,7 @@ import numpy as np
 from jaxedit.data.tokens import chunks, pack, prompt_row
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.models.config import ModelConfig
+from jaxedit.models.sites import refuse_adapters
 from jaxedit.models.stretch import Stretch, batched, between, make_stretch
 from jaxedit.models.transformer import Context, Decoder, Params, embed, layer, run, to_key, window_of
 from jaxedit.types import EditRequest
@@ -45,6 +46,7 @@ def stretch(
 
     Raises JaxEditError on layers and sites that are not there, RequestError on prompts that do not fit the model.
     """
+    refuse_adapters(model, "take its Jacobians")
     to = site if to is None else to
     _check(model.config, source, target, site, to)
     if not requests:
@@ -181,6 +183,7 @@ def average_jacobian(
 ) -> Average:
     """The average Jacobian over many prompts, and how far single ones are from it; at most `at_once` of them are held
     at a time. Sums are float64. See `stretch` for the rest."""
+    refuse_adapters(model, "take its Jacobians")
     if not requests:
         raise JaxEditError("there are no prompts")
     total = squares = 0.0

@@ -162,7 +162,7 @@ def edit_bounds(
     """
     rows = _rows(tokenizer, requests, max_neighbours, base.config.max_positions)
     directions = _directions(result, len(requests)).astype(wide(base.dtype))
-    n, layers = len(rows), result.info.method.layers
+    n, layers = len(rows), result.info.solved.layers
     deltas = tuple((result.patch.deltas[l].left, result.patch.deltas[l].right) for l in layers)
     alpha, place, numbers = np.zeros((len(layers), n)), np.zeros(n, int), np.zeros((5, n))
     for batch in batches([(bucket(len(r.tokens), MIN_LENGTH),) for r in rows], batch_tokens):
@@ -234,7 +234,7 @@ def _rows(tokenizer, requests: Sequence[EditRequest], most: int | None, limit: i
 
 def _directions(result: EditResult, n: int) -> np.ndarray:
     """The columns of ``(A + KᵀK)⁻¹Kᵀ``, ``[layers, n, d_ff]``, of the last n edits of a result."""
-    method, factor = result.info.method, result.factor
+    method, factor = result.info.solved, result.factor
     if isinstance(method.solver, NeuronSubset):
         raise JaxEditError("NeuronSubset edits in rounds, each with other keys; there is no α for it")
     keys = [result.keys[l][-n:] for l in method.layers]

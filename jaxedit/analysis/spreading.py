@@ -83,7 +83,7 @@ def _means(x: np.ndarray) -> list[float]:
 
 def models_on_the_way(model: Decoder, result: EditResult) -> Iterator[Decoder]:
     """The model before the edit, with its lowest edited layer edited, with the two lowest ones, …, and the result's."""
-    layers = result.info.method.layers
+    layers = result.info.solved.layers
     down = result.model.params["blocks"]["down"]["w"]
     yield model
     for i in range(1, len(layers) + 1):
@@ -96,7 +96,8 @@ def walk(model: Decoder, tokenizer, requests: Sequence[EditRequest], result: Edi
     model: the one that was edited. Raises JaxEditError where `result` is of another model, of other requests, or has no
     target at its last layer.
     """
-    layers, site = result.info.method.layers, _site(result)
+    layers, site = result.info.solved.layers, _site(result)
+    assert result.targets is not None
     aim = result.targets.at(layers[-1])
     if len(aim) != len(requests):
         raise JaxEditError(f"the result is of {len(aim)} edits, and there are {len(requests)} requests")
@@ -139,7 +140,7 @@ def _look(params: Params, config: ModelConfig, tokens, positions, segments, look
 
 
 def _site(result: EditResult) -> str:
-    return "mlp_out" if result.info.method.anchor.of_mlp else "block_out"
+    return "mlp_out" if result.info.solved.anchor.of_mlp else "block_out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +234,7 @@ def premises(
 
     Raises JaxEditError where only one layer was edited.
     """
-    layers: tuple[int, ...] = result.info.method.layers
+    layers: tuple[int, ...] = result.info.solved.layers
     if len(layers) == 1:
         raise JaxEditError(f"only layer {layers[0]} was edited: there is nothing between it and the last one")
     followed = walk(model, tokenizer, requests, result) if followed is None else followed

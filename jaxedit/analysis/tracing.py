@@ -30,6 +30,7 @@ from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.generation import continue_rows
 from jaxedit.layer_loop import Progress
 from jaxedit.models.fingerprint import whole_fingerprint
+from jaxedit.models.sites import refuse_adapters
 from jaxedit.models.transformer import Decoder
 
 _RUN_TOKENS = 8192  # of clean and corrupted runs, whose states in all layers are on the device at once
@@ -66,6 +67,7 @@ def trace(
     Raises JaxEditError on settings out of range and where the model knows none of the facts, RequestError naming
     every fact that does not fit the model's context.
     """
+    refuse_adapters(model, "trace it")
     config = model.config
     window = max(1, min(10, config.n_layer // 3)) if window is None else window
     _check(tokenizer, facts, kinds, window, noise, samples, max_facts)

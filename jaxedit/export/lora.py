@@ -84,6 +84,11 @@ def save_lora(
     Raises PatchError where `base` is another model or an update does not fit `dtype`, JaxEditError on a `to`,
     `rank` or `dtype` that cannot be.
     """
+    if patch.adapters:
+        raise PatchError(
+            f"a PEFT adapter holds updates of weights, and the patch has a {type(patch.adapters[0]).__name__}; ship the "
+            "patch itself"
+        )
     to = Path(to)
     if dtype not in DTYPES:
         raise JaxEditError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")

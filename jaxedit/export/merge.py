@@ -76,6 +76,8 @@ def merge_patches(
     Raises PatchError naming every patch, and its layers, whose base is neither `base` nor what an earlier patch
     leaves.
     """
+    if adapted := [i + 1 for i, patch in enumerate(patches) if patch.adapters]:
+        raise PatchError(f"patches {adapted} attach adapters, which do not merge; apply them after the merged patch")
     patches = list(patches)
     names = tuple(names) if names is not None else tuple(f"patch {i + 1}" for i in range(len(patches)))
     if not patches or len(names) != len(patches):

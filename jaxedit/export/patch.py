@@ -20,7 +20,7 @@ import numpy as np
 from jaxedit.adapters.attached import adapters_of, attach, detach, from_plain, same, to_plain
 from jaxedit.cache import write_atomically
 from jaxedit.errors import PatchError
-from jaxedit.models.fingerprint import matrix_hash
+from jaxedit.models.fingerprint import matrix_hash, whole_fingerprint
 from jaxedit.models.layers import wide
 from jaxedit.models.sites import Adapter
 from jaxedit.models.transformer import Decoder
@@ -89,7 +89,8 @@ class EditPatch:
 
     deltas: per layer, in float32 (float64 for a float64 model). base, edited: hash per layer of the matrix before
     and after. dtype: of the model it was made on; exact withdrawal needs the same. adapters: what is attached to the
-    model, beside or instead of updates.
+    model, beside or instead of updates; host: where there are no updates, the shape of the model that they were made
+    for, and its fingerprint.
     """
 
     method: Mapping[str, Any]
@@ -100,6 +101,7 @@ class EditPatch:
     undo: Mapping[int, Undo]
     dtype: str
     adapters: tuple[Adapter, ...] = ()
+    host: tuple[str, str] | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -132,7 +134,7 @@ class EditPatch:
             "shapes": {l: list(self.undo[l].steps.shape) for l in self.layers},
         }
         if attached:
-            about["adapters"] = attached
+            about |= {"adapters": attached, "host": self.host}
         path = Path(path)
         write_atomically(path, lambda p: save_file(tensors, p, metadata={"jaxedit": json.dumps(about)}))
         return path
@@ -172,6 +174,7 @@ class EditPatch:
                     for i, plain in enumerate(about.get("adapters", ()))
                     for name in (f"adapter.{i}.",)
                 ),
+                tuple(about["host"]) if about.get("host") else None,
             )
         except PatchError:
             raise
@@ -234,8 +237,12 @@ def make_patch(
 
 
 def apply_patch(model: Decoder, patch: EditPatch) -> Decoder:
-    """The model with the patch's edits: matrices updated, adapters attached. Raises PatchError where a matrix is not the
-    one the patch was made for."""
+    """The model with the patch's edits: matrices updated, adapters attached.
+
+    Raises PatchError where a matrix is not the one the patch was made for; of a patch without updates, where the model
+    is of another shape, or in the patch's dtype but another one.
+    """
+    _check_host(model, patch)
     matrices = _matrices(model, patch, patch.base, "apply to")
     edited = with_matrices(model, {l: add(w, patch.deltas[l]) for l, w in matrices.items()})
     return attach(edited, *patch.adapters) if patch.adapters else edited
@@ -264,6 +271,28 @@ def withdraw_patch(model: Decoder, patch: EditPatch, base: Decoder | None = None
             "made); pass base= to withdraw it"
         )
     return with_matrices(model, restored)
+
+
+def adapter_patch(method: Mapping[str, Any], requests, host: Decoder, *adapters: Adapter) -> EditPatch:
+    """The patch of what is attached to a model whose weights stay as they are."""
+    about = (_shape(host), whole_fingerprint(host.params, host.config))
+    return EditPatch(method, tuple(requests), {}, {}, {}, {}, str(host.dtype), adapters, about)
+
+
+def _shape(model: Decoder) -> str:
+    c = model.config
+    return f"{c.family}, {c.n_layer} layers, d_model {c.d_model}, d_ff {c.d_ff}, {c.vocab} tokens"
+
+
+def _check_host(model: Decoder, patch: EditPatch):
+    if patch.host is None:
+        return
+    shape, found = patch.host
+    if shape != _shape(model):
+        raise PatchError(f"cannot apply to this model ({_shape(model)}): the patch is for another one ({shape})")
+    bare = detach(model)
+    if str(model.dtype) == patch.dtype and whole_fingerprint(bare.params, bare.config) != found:
+        raise PatchError("cannot apply to this model: its weights are not those that the patch was made for")
 
 
 def _without_adapters(model: Decoder, patch: EditPatch) -> Decoder:

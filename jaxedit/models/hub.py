@@ -25,6 +25,7 @@ from jaxedit.models.conversion import (
 )
 from jaxedit.models.families import FAMILIES
 from jaxedit.models.reading import read_parameters
+from jaxedit.models.sites import refuse_adapters
 from jaxedit.models.transformer import Decoder
 
 SHARD_BYTES = 5_000_000_000
@@ -169,6 +170,7 @@ def save(model: Decoder, tokenizer, to, base=None) -> Path:
     every tensor is written in the model's dtype. The directory appears whole or not at all. An earlier saved
     model at `to` is replaced; anything else there is refused.
     """
+    refuse_adapters(model, "save it as a Hugging Face model, which has no place for them; save the patch")
     to = Path(to)
     path = None if base is None else locate(base)
     if path is not None and path.resolve() == to.resolve():

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 import jax
 import jax.numpy as jnp
 
+from jaxedit.errors import JaxEditError
+
 if TYPE_CHECKING:
     from jaxedit.models.transformer import Context
 
@@ -56,6 +58,15 @@ class Adapter(Protocol):
         """What should stand at the site, in the dtype of what does. For "logits": the token id ``[b, s]`` to predict
         instead of what the model does, -1 where the model's own prediction stands."""
         ...
+
+
+def refuse_adapters(model: Any, doing: str):
+    """Raise JaxEditError where a Decoder has adapters, which what is being done to it knows nothing of."""
+    if model.params.get("adapters"):
+        raise JaxEditError(
+            f"cannot {doing}: this model has adapters. Take them off first (jaxedit.detach), and attach them again "
+            "(jaxedit.attach) where they should stand beside the result"
+        )
 
 
 def at_prompt_end(decision: jax.Array, context: Context, carried: jax.Array | None) -> tuple[jax.Array, jax.Array]:

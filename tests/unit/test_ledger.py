@@ -332,7 +332,7 @@ def test_statistics_are_checked_and_can_be_changed(eight, stats, tmp_path):
 
 
 def test_statistics_with_provenance_are_told_by_it(tiny, stats):
-    from jaxedit.ledger import identity
+    from jaxedit.ledger_targets import identity
 
     base, _ = tiny("tiny-llama")
     from jaxedit.models.fingerprint import fingerprint

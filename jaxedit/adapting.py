@@ -1,0 +1,97 @@
+"""Edits by what is added to a model, its weights left as they are: `apply_edits` for `jaxedit.adapters`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxedit.adapters.attached import adapters_of, attach, detach
+from jaxedit.adapters.editors import Editor, describe_editor, state_of
+from jaxedit.chances import probabilities
+from jaxedit.data.tokens import CLEAN, validate
+from jaxedit.errors import JaxEditError
+from jaxedit.export.patch import adapter_patch
+from jaxedit.info import EditInfo
+from jaxedit.layer_loop import Progress
+from jaxedit.models.transformer import Decoder
+from jaxedit.passes import Clock
+from jaxedit.result import EditResult
+from jaxedit.types import EditRequest
+
+
+def edit_with(
+    editor: Editor,
+    model: Decoder | EditResult,
+    tokenizer,
+    requests: Sequence[EditRequest],
+    *,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> EditResult:
+    """Make the requests by what `editor` adds to the model, beside all that it has already.
+
+    Adapters of other kinds stay, but what is added is made for the model without them. An EditResult of the same
+    editor is gone on with: the result's patch then holds its edits too.
+    """
+    clock, previous = Clock(), model if isinstance(model, EditResult) else None
+    now = host_of(model)
+    host, others = detach(now), adapters_of(now)
+    state: Any = None
+    earlier: tuple[EditRequest, ...] = ()
+    kind = state_of(editor)
+    if mine := [a for a in others if isinstance(a, kind)]:
+        if previous is None or not any(isinstance(a, kind) for a in previous.patch.adapters):
+            raise JaxEditError(
+                f"this model has a {kind.__name__} already; pass the EditResult that it came from, to go on with that"
+            )
+        (state,), earlier = mine, previous.patch.requests
+    with clock("edit"):
+        made: Any
+        made, trace = editor.edit(host, tokenizer, requests, state=state, seed=seed, on_progress=on_progress)
+    edited = attach(host, *(a for a in others if not isinstance(a, kind)), made)
+    result = adapted(editor, tokenizer, (*earlier, *requests), requests, now, edited, made, trace, clock)
+    if previous is None:
+        return result
+    kept = {name: getattr(previous, name) for name in ("targets", "keys", "stats", "factor")}
+    return dataclasses.replace(result, **kept)
+
+
+def adapted(
+    editor: Editor, tokenizer, every, asked, before: Decoder, after: Decoder, state, trace, clock
+) -> EditResult:
+    """The result of an editor whose `state` is attached in `after`.
+
+    every: the requests that it holds; asked: those that the report is about.
+    """
+    with clock("patch"):
+        patch = adapter_patch(describe_editor(editor), every, detach(after), state)
+    with clock("probabilities"):
+        edits = validate(tokenizer, asked, CLEAN, after.config.max_positions)
+        chances = [probabilities(m.params, m.config, edits) for m in (before, after)]
+    info = EditInfo(
+        method=editor,
+        templates=CLEAN,
+        layers=(),
+        remaining=np.zeros((0, len(edits))),
+        targets_given=False,
+        updates=None,
+        final_loss=None,
+        init_norm=None,
+        delta_norm=None,
+        probability_before=chances[0],
+        probability_after=chances[1],
+        seconds=dict(clock.seconds),
+        trace=trace,
+    )
+    return EditResult(after, patch, info, None, {}, None)
+
+
+def host_of(model: Decoder | EditResult) -> Decoder:
+    """The model itself. Raises JaxEditError where it is neither."""
+    found = model.model if isinstance(model, EditResult) else model
+    if not isinstance(found, Decoder):
+        raise JaxEditError(f"model must be a Decoder (from jaxedit.load) or an EditResult, got {type(found).__name__}")
+    return found
