@@ -86,8 +86,8 @@ def save_lora(
     """
     if patch.adapters:
         raise PatchError(
-            f"a PEFT adapter holds updates of weights, and the patch has a {type(patch.adapters[0]).__name__}; ship the "
-            "patch itself"
+            f"a PEFT adapter holds updates of weights, and the patch attaches a {type(patch.adapters[0]).__name__}; "
+            "ship the patch itself"
         )
     to = Path(to)
     if dtype not in DTYPES:
