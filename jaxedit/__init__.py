@@ -13,6 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxedit.adapters.attached import adapters_of, attach, detach
+    from jaxedit.adapters.caching import CachingEditor
+    from jaxedit.adapters.editors import editor_for
+    from jaxedit.adapters.grace import Grace
+    from jaxedit.adapters.ireva import IReVa
+    from jaxedit.adapters.melo import Melo
+    from jaxedit.adapters.wise import Wise
     from jaxedit.analysis.jacobian import average_jacobian, jacobian, passive, stretch
     from jaxedit.analysis.key_bounds import Bounds, agreement, edit_bounds, verdicts_found
     from jaxedit.analysis.key_neighbours import nearest_prefixes
@@ -52,7 +59,7 @@ if TYPE_CHECKING:
     from jaxedit.data.knowedit import read_knowedit
     from jaxedit.data.mquake import read_mquake
     from jaxedit.data.requests import read_requests
-    from jaxedit.edit import EditResult, apply_edits
+    from jaxedit.edit import apply_edits
     from jaxedit.edit import find_targets as targets
     from jaxedit.errors import CheckpointError, JaxEditError, PatchError, RequestError, StatisticsError
     from jaxedit.evaluation.consistency import fit_vectoriser, reference_scores
@@ -63,6 +70,7 @@ if TYPE_CHECKING:
     from jaxedit.evaluation.perplexity import PerplexityProbe, perplexity
     from jaxedit.evaluation.portability import evaluate_knowedit
     from jaxedit.evaluation.report import Report
+    from jaxedit.evaluation.withdrawal import edit_scores, evaluate_withdrawal
     from jaxedit.evaluation.zsre import evaluate_zsre
     from jaxedit.export.lora import LoraInfo, apply_lora, check_lora, load_lora, save_lora
     from jaxedit.export.merge import MergeReport, merge_patches
@@ -74,7 +82,8 @@ if TYPE_CHECKING:
     from jaxedit.models.hub import load, save
     from jaxedit.models.stretch import Stretch, pull, push
     from jaxedit.models.transformer import Decoder, hidden_states, logits
-    from jaxedit.presets import METHODS, method_for
+    from jaxedit.presets import EDITORS, METHODS, method_for
+    from jaxedit.result import EditResult
     from jaxedit.sharding import make_mesh
     from jaxedit.solvers.prepare import prepare
     from jaxedit.solvers.ridge import factorise
@@ -87,6 +96,13 @@ if TYPE_CHECKING:
 
 # Module to the names that come from it, the same as above.
 _MODULES = {
+    "adapters.attached": "adapters_of attach detach",
+    "adapters.caching": "CachingEditor",
+    "adapters.editors": "editor_for",
+    "adapters.grace": "Grace",
+    "adapters.ireva": "IReVa",
+    "adapters.melo": "Melo",
+    "adapters.wise": "Wise",
     "analysis.jacobian": "average_jacobian jacobian passive stretch",
     "analysis.key_bounds": "Bounds agreement edit_bounds verdicts_found",
     "analysis.key_neighbours": "nearest_prefixes",
@@ -107,7 +123,7 @@ _MODULES = {
     "data.knowedit": "read_knowedit",
     "data.mquake": "read_mquake",
     "data.requests": "read_requests",
-    "edit": "EditResult apply_edits",
+    "edit": "apply_edits",
     "errors": "CheckpointError JaxEditError PatchError RequestError StatisticsError",
     "evaluation.consistency": "fit_vectoriser reference_scores",
     "evaluation.fluency": "fluency",
@@ -117,6 +133,7 @@ _MODULES = {
     "evaluation.perplexity": "PerplexityProbe perplexity",
     "evaluation.portability": "evaluate_knowedit",
     "evaluation.report": "Report",
+    "evaluation.withdrawal": "edit_scores evaluate_withdrawal",
     "evaluation.zsre": "evaluate_zsre",
     "export.lora": "LoraInfo apply_lora check_lora load_lora save_lora",
     "export.merge": "MergeReport merge_patches",
@@ -128,7 +145,8 @@ _MODULES = {
     "models.hub": "load save",
     "models.stretch": "Stretch pull push",
     "models.transformer": "Decoder hidden_states logits",
-    "presets": "METHODS method_for",
+    "presets": "EDITORS METHODS method_for",
+    "result": "EditResult",
     "sharding": "make_mesh",
     "solvers.prepare": "prepare",
     "solvers.ridge": "factorise",
@@ -145,9 +163,11 @@ __all__ = [
     "Asking",
     "BackwardSpread",
     "Bounds",
+    "CachingEditor",
     "CheckpointError",
     "CollapseGuard",
     "Decoder",
+    "EDITORS",
     "EditGroup",
     "EditInfo",
     "EditPatch",
@@ -156,13 +176,16 @@ __all__ = [
     "EqualityConstrained",
     "Fact",
     "ForwardReplay",
+    "Grace",
     "HyperParameters",
+    "IReVa",
     "JacobianSpread",
     "JaxEditError",
     "LayerInfo",
     "Ledger",
     "LoraInfo",
     "METHODS",
+    "Melo",
     "MergeReport",
     "Method",
     "NeuronSubset",
@@ -189,18 +212,25 @@ __all__ = [
     "Targets",
     "Trace",
     "Walk",
+    "Wise",
+    "adapters_of",
     "agreement",
     "apply_edits",
     "apply_groups",
     "apply_lora",
     "apply_patch",
+    "attach",
     "average_jacobian",
     "check_lora",
+    "detach",
     "edit_bounds",
+    "edit_scores",
     "edit_stream",
+    "editor_for",
     "evaluate",
     "evaluate_knowedit",
     "evaluate_multihop",
+    "evaluate_withdrawal",
     "evaluate_zsre",
     "factorise",
     "facts_from_requests",

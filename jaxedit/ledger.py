@@ -171,7 +171,7 @@ class Ledger:
         made, problems = self.record.numbered(requests)
         _check(self, requests, self.record.requests, problems)
         if not isinstance(self.method, Method):
-            return self._attached(self._more(self.state, requests, on_progress), {**self.record.requests, **made}, made)
+            return self._attached({**self.record.requests, **made}, tuple(made), on_progress)
         return self._with(self.record.with_edits(made, self._find(requests, anchor_cache, on_progress)))
 
     def update(
@@ -182,16 +182,13 @@ class Ledger:
         request = dataclasses.replace(request, id=old.id)
         _check(self, (request,), {other: r for other, r in self.record.requests.items() if other != id})
         if not isinstance(self.method, Method):
-            left = self._without([id])
-            state = left._more(left.state, (request,), on_progress)
-            return left._attached(state, {**self.record.requests, id: request}, [id])
+            return self.withdraw(id)._attached({**self.record.requests, id: request}, (id,), on_progress)
         arrays = self._find((request,), anchor_cache, on_progress)
         return self._with(self.record.with_replaced(id, request, arrays))
 
     def withdraw(self, ids: str | int | Iterable[str | int]) -> Ledger:
         """The ledger without some edits. Raises JaxEditError naming every id that it does not have."""
-        ids = [ids] if isinstance(ids, str | int) else list(ids)
-        return self._with(self.record.without(ids)) if isinstance(self.method, Method) else self._without(ids)
+        return self._with(self.record.without([ids] if isinstance(ids, str | int) else ids))
 
     def with_stats(self, stats: SecondMoments | None) -> Ledger:
         """The same edits, solved with other second moments; None for the default ones. Their targets stay."""
@@ -211,8 +208,7 @@ class Ledger:
     @property
     def state(self) -> Any:
         """What an editor that adds parameters has added; None where that is nothing."""
-        plain = self.record.adapter
-        return None if plain is None else from_plain(plain, self.record.held)
+        return self._settled[0]
 
     @property
     def model(self) -> Decoder:
@@ -258,42 +254,42 @@ class Ledger:
     def _with(self, record: LedgerRecord) -> Ledger:
         """Another state, which need not make again what this one has solved with."""
         solved: EditResult | None = self.__dict__.get("result")
-        if solved is None:
+        if solved is None or not isinstance(self.method, Method):
             return dataclasses.replace(self, record=record)
         factor = solved.factor
         if factor is not None and any(part.protected for part in factor.parts.values()):
             factor = None  # it holds this state's keys in place
         return dataclasses.replace(self, record=record, stats=solved.stats, factor=factor)
 
-    def _more(self, state, requests: Sequence[EditRequest], on_progress: Progress | None):
+    def _more(self, state, requests: Sequence[EditRequest], on_progress: Progress | None) -> Any:
         """A state with more edits."""
         assert not isinstance(self.method, Method)
         seed = self.record.seed or 0
         return self.method.edit(self.base, self.tokenizer, requests, state=state, seed=seed, on_progress=on_progress)[0]
 
-    def _attached(self, state, requests: Mapping[str, EditRequest], new: Iterable[str]) -> Ledger:
-        """The ledger of `requests`, whose last edits in the state are the `new` ones."""
-        made = {id: self.record.given + i for i, id in enumerate(new)}
-        numbers = {**self.record.numbers, **made}
-        given = self.record.given + len(made)
-        return dataclasses.replace(self, record=self.record.with_adapter(requests, to_plain(state), numbers, given))
-
-    def _without(self, ids: Sequence[str | int]) -> Ledger:
-        """The ledger of an editor that adds parameters without some edits. Where edits share what was added, the others
-        are made again."""
+    @cached_property
+    def _settled(self) -> tuple[Any, Mapping[str, int], int]:
+        """What is added, without edits that were withdrawn since; the edits' numbers in it; how many it was given.
+        Where edits share what was added, those that remain are made again."""
+        record = self.record
+        if record.adapter is None:
+            return None, {}, 0
         assert not isinstance(self.method, Method)
-        gone = {str(id) for id in ids}
-        self.record.rows(ids)
-        kept = {id: r for id, r in self.record.requests.items() if id not in gone}
-        empty = dataclasses.replace(self, record=self.record.with_adapter({}, None, {}, 0))
-        if not kept:
-            return empty
-        if not self.method.separable:
-            return empty._attached(self._more(None, tuple(kept.values()), None), kept, kept)
-        numbers = self.record.numbers
-        state = to_plain(self.state.without([numbers[id] for id in gone]))
-        left = {id: numbers[id] for id in kept}
-        return dataclasses.replace(self, record=self.record.with_adapter(kept, state, left, self.record.given))
+        state = from_plain(record.adapter, record.held)
+        numbers = {id: record.numbers[id] for id in record.requests}
+        gone = [number for id, number in record.numbers.items() if id not in numbers]
+        if gone and not self.method.separable:
+            state = self._more(None, tuple(record.requests.values()), None)
+            return state, {id: i for i, id in enumerate(numbers)}, len(numbers)
+        return state.without(gone) if gone else state, numbers, record.given  # type: ignore[attr-defined]
+
+    def _attached(self, requests: Mapping[str, EditRequest], new: Sequence[str], on_progress) -> Ledger:
+        """The ledger of `requests`, of which the `new` ones are added now."""
+        state, numbers, given = self._settled
+        state = self._more(state, tuple(requests[id] for id in new), on_progress)
+        numbers = {**numbers, **{id: given + i for i, id in enumerate(new)}}
+        record = self.record.with_adapter(requests, to_plain(state), numbers, given + len(new))
+        return dataclasses.replace(self, record=record)
 
     def _find(self, requests, anchor_cache: Path | None, on_progress: Progress | None) -> dict[str, np.ndarray]:
         """Targets of some requests on the base, where they depend on no other edit."""

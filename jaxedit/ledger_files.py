@@ -36,8 +36,8 @@ class LedgerRecord:
     requests: by id. arrays: the edits' targets and how they were found, each with the edit as its first axis; none
     where targets depend on other edits.
     adapter, held: of an editor that adds parameters, what is attached to the base, as plain data and arrays (see
-    `jaxedit.adapters.attached.to_plain`), None and empty without edits; numbers: of each edit by id in it; given: how
-    many it was ever given.
+    `jaxedit.adapters.attached.to_plain`), None and empty without edits; numbers: of each edit by id in it, also of
+    those that were withdrawn and have yet to be taken out; given: how many it was ever given.
     next_id: the number that the next edit without an id gets. No number is given twice.
     lineage: hashes of this state, which is the last, and of those it was made from since it was read or created.
     """
@@ -112,17 +112,19 @@ class LedgerRecord:
         gone = set(self.rows(ids))
         stay = [row for row in range(len(self.requests)) if row not in gone]
         kept = {id: r for row, (id, r) in enumerate(self.requests.items()) if row not in gone}
-        return self._next(requests=kept, arrays={name: x[stay] for name, x in self.arrays.items()} if kept else {})
+        if not kept:
+            return self._next(requests={}, arrays={}, adapter=None, held={}, numbers={}, given=0)
+        return self._next(requests=kept, arrays={name: x[stay] for name, x in self.arrays.items()})
 
     def with_adapter(
         self,
         requests: Mapping[str, EditRequest],
-        attached: tuple[Mapping[str, Any], Mapping[str, np.ndarray]] | None,
+        attached: tuple[Mapping[str, Any], Mapping[str, np.ndarray]],
         numbers: Mapping[str, int],
         given: int,
     ) -> LedgerRecord:
-        """Other edits, and what is then attached to the base."""
-        adapter, held = attached or (None, {})
+        """Other edits, and what is attached to the base for them."""
+        adapter, held = attached
         return self._next(requests=dict(requests), adapter=adapter, held=held, numbers=dict(numbers), given=given)
 
     def with_statistics(self, statistics: Mapping[str, Any] | None) -> LedgerRecord:

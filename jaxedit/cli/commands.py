@@ -28,10 +28,13 @@ from jaxedit.cli.inputs import (
     load_moments,
     load_pair,
     load_patched,
+    named_method,
     parse_layers,
     read_facts,
     read_settings,
+    refuse_out,
     with_cov_weight,
+    with_settings,
 )
 from jaxedit.cli.options import (
     Checkpoint,
@@ -49,11 +52,13 @@ from jaxedit.cli.options import (
     ProcessId,
     Requests,
     Seed,
+    Settings,
     Skip,
     StatsFile,
     argument,
 )
-from jaxedit.presets import METHODS
+from jaxedit.errors import JaxEditError
+from jaxedit.presets import EDITORS, METHODS
 
 if TYPE_CHECKING:
     from jaxedit import EditResult, Report
@@ -85,9 +90,13 @@ def edit(
     requests: Requests,
     method: Annotated[
         str | None,
-        typer.Option(help=f"One of {', '.join(METHODS)}; or one with +fe. [default: fe, or what the preset is for]"),
+        typer.Option(
+            help=f"One of {', '.join(METHODS)}; or one with +fe; or, adding parameters, {', '.join(EDITORS)}. "
+            "[default: fe, or what the preset is for]"
+        ),
     ] = None,
     layers: Layers = None,
+    settings: Settings = None,
     preset: Annotated[
         Path | None,
         typer.Option(
@@ -123,6 +132,7 @@ def edit(
     Examples:
       jaxedit edit smollm2-135m facts.jsonl --out edited --patch facts.jaxedit
       jaxedit edit ./my-model facts.json --method alphaedit+fe --layers 3-7 --json
+      jaxedit edit smollm2-135m facts.jsonl --method ireva --set alpha=0.5 --patch facts.jaxedit
       jaxedit edit ./my-model facts.json --keep keep.json --forget forget.json --out edited
       jaxedit edit ./my-model facts.json --mesh data=4,model=2 --coordinator host0:1234 --processes 2 --process-id 0
 
@@ -131,6 +141,7 @@ def edit(
       {"prompt": "The Eiffel Tower is in", "subject": "The Eiffel Tower", "target": "Rome"}
     """
     check_out(to)
+    refuse_out(to, method or "")
     chosen = parse_layers(layers)
     devices = Devices.of(mesh, coordinator, processes, process_id)
     facts = read_facts(requests, limit, skip_malformed)
@@ -143,23 +154,30 @@ def edit(
         from jaxedit.distributed import is_first, meet
 
         if preset is None:
-            recipe = je.method_for(method or "fe", decoder.config, chosen)
+            recipe = named_method(method or "fe", decoder, chosen)
         else:
             recipe = read_settings(preset, method, decoder)
             recipe = recipe if chosen is None else dataclasses.replace(recipe, layers=chosen)
-        method = recipe.name
+        recipe, method = with_settings(recipe, settings or ()), recipe.name
         groups = [je.EditGroup(requests=facts)]
         groups += [je.EditGroup(requests=kept, goal="keep")] if kept else []
         groups += [je.EditGroup(requests=forgotten, goal="forget")] if forgotten else []
         recipe = with_cov_weight(recipe, cov_weight)
         with work.stage(f"edit with {method}"):
-            result = je.apply_groups(
-                *(decoder, tokenizer, groups, recipe),
-                stats=moments,
-                seed=seed,
-                anchor_cache=anchor_folder(checkpoint),
-                on_progress=work.reporter(),
-            )
+            if isinstance(recipe, je.Method):
+                result = je.apply_groups(
+                    *(decoder, tokenizer, groups, recipe),
+                    stats=moments,
+                    seed=seed,
+                    anchor_cache=anchor_folder(checkpoint),
+                    on_progress=work.reporter(),
+                )
+            elif len(groups) > 1:
+                raise JaxEditError(f"{method} makes edits one by one; --keep and --forget are for methods that solve")
+            else:
+                result = je.apply_edits(
+                    *(decoder, tokenizer, facts, recipe), stats=moments, seed=seed, on_progress=work.reporter()
+                )
         if patch is not None and is_first():
             result.patch.save(patch)
         if to is not None and is_first():
@@ -197,9 +215,10 @@ def _show_edit(result: EditResult, report: Report | None):
     info = result.info
     before, after = (100 * float(p.mean()) for p in (info.probability_before, info.probability_after))
     edits = count_edits(len(info.probability_after))
-    out.print(f"\n{edits} with {info.method.name}; mean probability of the target {before:.1f} % → {after:.1f} %\n")
-    show_layers(info)
-    out.print()
+    out.print(f"\n{edits} with {info.name}; mean probability of the target {before:.1f} % → {after:.1f} %\n")
+    if info.layers:
+        show_layers(info)
+        out.print()
     if report is not None:
         out.print(report.table() + "\n", markup=False)
 

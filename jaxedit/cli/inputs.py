@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from jaxedit.errors import JaxEditError
 
 if TYPE_CHECKING:
     from jaxedit import Decoder, EditPatch, EditRequest, Method
+    from jaxedit.adapters.editors import Editor
     from jaxedit.cli.options import Devices
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -101,11 +104,51 @@ def anchor_folder(kept: bool) -> Path | None:
     return cache_dir() / "anchors" if kept else None
 
 
-def with_cov_weight(method: Method, cov_weight: float | None) -> Method:
+def named_method(name: str, model: Decoder, layers: tuple[int, ...] | None) -> Method | Editor:
+    """The method or the editor of this name, with the model's preset."""
+    from jaxedit import method_for
+    from jaxedit.adapters.editors import editor_of
+
+    return editor_of(name, model.config, layers) or method_for(name, model.config, layers)
+
+
+def with_settings(method: Method | Editor, settings: Sequence[str]) -> Method | Editor:
+    """An editor with other settings, each given as ``name=value``, the value as in JSON or a word."""
+    from jaxedit.adapters.editors import Editor, describe_editor, editor_from_plain
+
+    if not settings:
+        return method
+    if not isinstance(method, Editor):
+        raise JaxEditError(f"--set is for editors that add parameters; settings of {method.name} come from --preset")
+    given = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise JaxEditError(f"--set {text}: expected name=value")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
+    made = editor_from_plain(describe_editor(method) | given)
+    assert made is not None
+    return made
+
+
+def refuse_out(to: Path | None, method: str):
+    """A Hugging Face directory has no place for what an editor adds."""
+    from jaxedit.presets import EDITORS
+
+    if to is not None and method in EDITORS:
+        raise JaxEditError(f"--out: {method} adds parameters, which a Hugging Face model has no place for; use --patch")
+
+
+def with_cov_weight(method: Method | Editor, cov_weight: float | None) -> Method | Editor:
     """The method with another weight of second moments, where one is given and its solver has one."""
     if cov_weight is None:
         return method
-    if not hasattr(method.solver, "cov_weight"):
+    from jaxedit import Method
+
+    if not isinstance(method, Method) or not hasattr(method.solver, "cov_weight"):
         raise JaxEditError(f"--cov-weight does not go with {method.name}, which has no such weight")
     return dataclasses.replace(method, solver=dataclasses.replace(method.solver, cov_weight=cov_weight))
 

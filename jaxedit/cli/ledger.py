@@ -17,9 +17,12 @@ from jaxedit.cli.inputs import (
     check_out,
     checked_dtype,
     load_moments,
+    named_method,
     parse_layers,
     read_facts,
+    refuse_out,
     with_cov_weight,
+    with_settings,
 )
 from jaxedit.cli.options import (
     Checkpoint,
@@ -32,6 +35,7 @@ from jaxedit.cli.options import (
     MeshSizes,
     Model,
     Requests,
+    Settings,
     Skip,
     StatsFile,
     argument,
@@ -67,6 +71,7 @@ def add(
     requests: Requests,
     method: Annotated[str | None, typer.Option(help="One of those of `jaxedit edit`. [default: fe]")] = None,
     layers: Layers = None,
+    settings: Settings = None,
     cov_weight: CovWeight = None,
     stats: StatsFile = None,
     seed: Annotated[int | None, typer.Option(help="Of the contexts that are sampled. [default: 0]")] = None,
@@ -77,7 +82,7 @@ def add(
     skip_malformed: Skip = False,
     as_json: Json = False,
 ):
-    """Add facts. Makes the ledger if there is none: method, layers, cov-weight, stats, seed and dtype hold for good.
+    """Add facts. Makes the ledger if there is none: method, its settings, stats, seed and dtype hold for good.
 
     \b
     Examples:
@@ -90,6 +95,8 @@ def add(
     with locked(ledger):
         record = read_record(ledger) if ledger.exists() else None
         if record is not None:
+            if settings:
+                raise JaxEditError("settings hold for good; they cannot be given to a ledger that exists")
             _agree(record, method=method, cov_weight=cov_weight, seed=seed, dtype=checked_dtype(dtype))
         moments = load_moments(stats)
         with Work() as work:
@@ -98,7 +105,8 @@ def add(
             from jaxedit.presets import METHODS, method_for
 
             if record is None:
-                recipe = with_cov_weight(method_for(method or "fe", decoder.config, chosen), cov_weight)
+                recipe = with_settings(named_method(method or "fe", decoder, chosen), settings or ())
+                recipe = with_cov_weight(recipe, cov_weight)
                 held = Ledger.create(decoder, tokenizer, recipe, stats=moments, seed=seed or 0)
             else:
                 held = Ledger.load(ledger, decoder, tokenizer, moments)
@@ -131,7 +139,7 @@ def list_(ledger: LedgerFile, as_json: Json = False):
     from jaxedit.ledger_files import read_record
 
     record = read_record(ledger)
-    method, layers = record.method["name"], list(record.method["layers"])
+    method, layers = record.method["name"], record.method.get("layers")
     if as_json:
         edits = [
             {"id": id, "prompt": r.prompt, "subject": r.subject, "target": r.target}
@@ -142,7 +150,8 @@ def list_(ledger: LedgerFile, as_json: Json = False):
     table = Table("id", "prompt", "target", box=None, pad_edge=False)
     for id, r in record.requests.items():
         table.add_row(*map(Text, (id, r.prompt, r.target)))
-    out.print(f"{count_edits(len(record.requests))} with {method} at layers {layers}", markup=False)
+    where = f" at layers {list(layers)}" if layers else ""
+    out.print(f"{count_edits(len(record.requests))} with {method}{where}", markup=False)
     if record.requests:
         out.print(table)
 
@@ -277,6 +286,7 @@ def export(
     record, moments = read_record(ledger), load_moments(stats)
     if record.statistics is not None and moments is None:
         raise JaxEditError(f"{ledger} was created with second moments of its own; give them as --stats")
+    refuse_out(to, record.method["name"])
     if patch is not None and not record.requests:
         raise JaxEditError(f"{ledger} holds no edits, so there is no patch of them")
     with Work() as work:
@@ -301,8 +311,9 @@ def export(
         return
     out.print(f"{count_edits(len(held))} with {held.method.name}\n", markup=False)
     if result is not None:
-        show_layers(result.info)
-        out.print()
+        if result.info.layers:
+            show_layers(result.info)
+            out.print()
     for path in (to, patch):
         if path is not None:
             out.print(f"saved {path} ({size_of(path)})", markup=False, soft_wrap=True)
@@ -317,8 +328,8 @@ def _agree(record: LedgerRecord, **options: Any):
     """Refuse options that differ from what the ledger was created with."""
     has = {
         "method": record.method["name"],
-        "layers": tuple(record.method["layers"]),
-        "cov_weight": record.method["solver"].get("cov_weight"),
+        "layers": tuple(record.method.get("layers") or ()),
+        "cov_weight": record.method.get("solver", {}).get("cov_weight"),
         "seed": record.seed,
         "dtype": record.dtype,
     }

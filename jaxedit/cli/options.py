@@ -36,6 +36,12 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or f
 CovWeight = Annotated[
     float | None, typer.Option(min=0, help="Weight of what is to be left alone; by default the model's preset.")
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="A setting of an editor that adds parameters; may be given several times."
+    ),
+]
 StatsFile = Annotated[Path | None, typer.Option(help="From `jaxedit stats`; by default made of the packaged corpus.")]
 Checkpoint = Annotated[
     bool, typer.Option(help="Keep finished anchors in the cache, so that a killed run goes on where it was.")
