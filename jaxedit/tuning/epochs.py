@@ -77,7 +77,7 @@ class Rates(NamedTuple):
 
 class State(NamedTuple):
     """What goes from epoch to epoch. losses ``[epochs, updates]``: before each update, NaN where there was none yet;
-    mean: over the edits of the last epoch."""
+    made: how many updates were; mean: of the last epoch's losses over edits."""
 
     epoch: jax.Array
     trained: Any
@@ -103,7 +103,7 @@ def checked_layers(layers: Sequence[int], config: ModelConfig) -> tuple[int, ...
     return made
 
 
-def arrange(edits: Sequence[EditTokens], order: np.ndarray, batch: int, objective: str, most: int = TOKENS):
+def arrange(edits: Sequence[EditTokens], order: np.ndarray, batch: int, objective: str, most: int):
     """Edits, taken in `order`, as `Rows` of updates of `batch` edits, and each update's share of the edits.
 
     objective: "target", each token of the target is predicted from the prompt and those before it; "last", all of them
@@ -124,7 +124,7 @@ def arrange(edits: Sequence[EditTokens], order: np.ndarray, batch: int, objectiv
     shape = (len(updates), parts)
     tokens, positions, segments = (np.zeros((*shape, rows, length), np.int32) for _ in range(3))
     at, targets = (np.zeros((*shape, wide_enough), np.int32) for _ in range(2))
-    weights = np.zeros((*shape, wide_enough), np.float32)
+    weights = np.zeros((*shape, wide_enough))
     for u, some in enumerate(split):
         for k, (fitted, _) in enumerate(some):
             done = 0
@@ -137,7 +137,7 @@ def arrange(edits: Sequence[EditTokens], order: np.ndarray, batch: int, objectiv
                     at[there] = r * length + start + np.asarray(asks[i])
                     targets[there], weights[there] = edits[i].target, 1 / (t * len(updates[u]))
                     start, done = start + n, done + t
-    shares = np.asarray([len(some) / len(order) for some in updates], np.float32)
+    shares = np.asarray([len(some) / len(order) for some in updates])
     return Rows(tokens, positions, segments, at, targets, weights), shares
 
 
@@ -169,13 +169,14 @@ def train(
     how: Descent,
     seed: int,
     on_progress: Progress | None = None,
+    most: int = TOKENS,
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """Adam on `start`, whose leaves lead with `layers`; each epoch goes through all updates, in the order of `seed`.
 
     change: what makes a block's MLP output of its keys and of its part of what is trained; compared by value, one
     program for each. An update whose loss is below `how.stop` is not made, and the epoch whose mean loss is, is the
-    last. on_progress is told of "epochs". Gradients of the parts of an update are summed in float32 (float64 for a
-    float64 model), as are losses.
+    last. on_progress is told of "epochs". most: tokens at a time, which bounds memory. Gradients of the parts of an
+    update are summed in float32 (float64 for a float64 model), as are losses.
 
     Returns what was trained, and "losses" ``[epochs, updates]``, before each update, of the epochs that there were;
     "updates", how many were made; and of each edit "batch", which of an epoch's updates it is in.
@@ -183,7 +184,7 @@ def train(
     params, config, dtype = model.params, model.config, wide(model.dtype)
     order = np.random.default_rng(seed).permutation(len(edits))
     batch = min(how.batch or len(edits), len(edits))
-    rows, shares = arrange(edits, order, batch, how.objective)
+    rows, shares = arrange(edits, order, batch, how.objective, most)
     rows, shares = rows._replace(weights=rows.weights.astype(dtype)), shares.astype(dtype)
     h = _enter(params, config, rows, layers[0])
     start = jax.tree.map(partial(jnp.array, dtype=dtype), start)  # a copy: it is given away
@@ -191,7 +192,7 @@ def train(
         epoch=jnp.zeros((), jnp.int32),
         trained=start,
         moments=optax.adam(1.0).init(start),
-        losses=jnp.full((how.epochs, len(shares)), jnp.nan, dtype),
+        losses=jnp.full((bucket(how.epochs), len(shares)), jnp.nan, dtype),
         made=jnp.zeros((), jnp.int32),
         mean=jnp.full((), jnp.inf, dtype),
     )
