@@ -120,11 +120,11 @@ def arrange(edits: Sequence[EditTokens], order: np.ndarray, batch: int, objectiv
     length = bucket(max(map(len, texts)), MIN_LENGTH)
     split = [[(_fitted(part, texts, length), part) for part in np.array_split(some, parts)] for some in updates]
     rows = _rounded(max(len(fitted) for some in split for fitted, _ in some))
-    wide_enough = _rounded(max(sum(len(edits[i].target) for i in part) for some in split for _, part in some))
+    asked = _rounded(max(sum(len(edits[i].target) for i in part) for some in split for _, part in some))
     shape = (len(updates), parts)
     tokens, positions, segments = (np.zeros((*shape, rows, length), np.int32) for _ in range(3))
-    at, targets = (np.zeros((*shape, wide_enough), np.int32) for _ in range(2))
-    weights = np.zeros((*shape, wide_enough))
+    at, targets = (np.zeros((*shape, asked), np.int32) for _ in range(2))
+    weights = np.zeros((*shape, asked))
     for u, some in enumerate(split):
         for k, (fitted, _) in enumerate(some):
             done = 0
