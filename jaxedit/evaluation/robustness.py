@@ -45,13 +45,24 @@ class Robustness:
         """How many queries stand behind each rate."""
         return {cell: sum(map(len, self.found[cell])) for cell in CELLS}
 
+    @property
+    def errors(self) -> Summary:
+        """Standard errors of the rates, queries of one fact counted as alike; None where fewer than two facts have any.
+
+        That is ``sqrt(m / (m - 1) Σ (hits - rate · queries)²) / Σ queries`` over the m facts that have some.
+        """
+        made: Summary = {}
+        for cell, rate in self.rates.items():
+            hits, sizes = np.asarray([(sum(some), len(some)) for some in self.found[cell] if some]).reshape(-1, 2).T
+            m = len(hits)
+            spread = None if rate is None or m < 2 else np.sqrt(m / (m - 1) * np.sum((hits - rate * sizes) ** 2))
+            made[cell] = None if spread is None else float(spread / sizes.sum())
+        return made
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: rates, counts, and every query's number."""
-        return {
-            "rates": self.rates,
-            "counts": self.counts,
-            "found": {k: list(map(list, v)) for k, v in self.found.items()},
-        }
+        """Plain data for JSON: rates, their standard errors, counts, and every query's number."""
+        found = {cell: [list(some) for some in every] for cell, every in self.found.items()}
+        return {"rates": self.rates, "errors": self.errors, "counts": self.counts, "found": found}
 
     def __str__(self) -> str:
         return robustness_table({"edited": self})

@@ -205,6 +205,8 @@ def test_evaluation_equals_a_loop(alone, tmp_path):
     assert counts["shuffle_in_domain"] == 2 * (EDITS - 1) and wanted["shuffle_in_domain"][0] == ()
     assert (counts["long_in_domain"], counts["success"]) == (EDITS, EDITS)
     assert rates["rephrase_in_domain"] == np.mean(np.concatenate(wanted["rephrase_in_domain"]))
+    hits = np.concatenate(wanted["long_in_domain"])
+    assert np.isclose(report.errors["long_in_domain"], hits.std(ddof=1) / np.sqrt(EDITS))
     every = base
     for patch in patches:
         weights = every.params["blocks"]["down"]["w"]
