@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxedit.adapters.apart import Apart
     from jaxedit.adapters.attached import adapters_of, attach, detach
     from jaxedit.adapters.caching import CachingEditor
     from jaxedit.adapters.editors import editor_for
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from jaxedit.analysis.keys import key_similarity, retrieval_weights, subject_keys, value_norms, whiten, whitening
     from jaxedit.analysis.plots import plot_trace
     from jaxedit.analysis.record import Trace
+    from jaxedit.analysis.robustness_plots import plot_robustness
     from jaxedit.analysis.spread_plots import plot_spread
     from jaxedit.analysis.spreading import Premises, StepSizes, Walk, premises, step_sizes, walk
     from jaxedit.analysis.study import Spread, spread
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from jaxedit.data.facts import Fact, facts_from_requests, read_known_facts
     from jaxedit.data.knowedit import read_knowedit
     from jaxedit.data.mquake import read_mquake
+    from jaxedit.data.queries import Halves, RobustQueries, read_rephrases, robust_queries
     from jaxedit.data.requests import read_requests
     from jaxedit.data.subject_forms import SubjectPrompt, other_forms, random_contexts, text_end
     from jaxedit.edit import apply_edits
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from jaxedit.evaluation.perplexity import PerplexityProbe, perplexity
     from jaxedit.evaluation.portability import evaluate_knowedit
     from jaxedit.evaluation.report import Report
+    from jaxedit.evaluation.robustness import Robustness, evaluate_robustness, robustness_table
     from jaxedit.evaluation.withdrawal import edit_scores, evaluate_withdrawal
     from jaxedit.evaluation.zsre import evaluate_zsre
     from jaxedit.export.lora import LoraInfo, apply_lora, check_lora, load_lora, save_lora
@@ -82,7 +86,7 @@ if TYPE_CHECKING:
     from jaxedit.models.hub import load, save
     from jaxedit.models.stretch import Stretch, pull, push
     from jaxedit.models.transformer import Decoder, hidden_states, logits
-    from jaxedit.presets import EDITORS, METHODS, method_for
+    from jaxedit.presets import EDITORS, METHODS, TUNERS, method_for
     from jaxedit.result import EditResult
     from jaxedit.sharding import make_mesh
     from jaxedit.solvers.prepare import prepare
@@ -90,12 +94,15 @@ if TYPE_CHECKING:
     from jaxedit.statistics import SecondMoment, SecondMoments, second_moments
     from jaxedit.stream import CollapseGuard, StreamResult, StreamStep, edit_stream
     from jaxedit.targets.strategies import Targets
+    from jaxedit.tuning.finetune import FineTune
+    from jaxedit.tuning.lora import LoraEditor
     from jaxedit.types import EditRequest
 
     __version__: str
 
 # Module to the names that come from it, the same as above.
 _MODULES = {
+    "adapters.apart": "Apart",
     "adapters.attached": "adapters_of attach detach",
     "adapters.caching": "CachingEditor",
     "adapters.editors": "editor_for",
@@ -110,6 +117,7 @@ _MODULES = {
     "analysis.keys": "key_similarity retrieval_weights subject_keys value_norms whiten whitening",
     "analysis.plots": "plot_trace",
     "analysis.record": "Trace",
+    "analysis.robustness_plots": "plot_robustness",
     "analysis.spread_plots": "plot_spread",
     "analysis.spreading": "Premises StepSizes Walk premises step_sizes walk",
     "analysis.study": "Spread spread",
@@ -121,6 +129,7 @@ _MODULES = {
     "data.facts": "Fact facts_from_requests read_known_facts",
     "data.knowedit": "read_knowedit",
     "data.mquake": "read_mquake",
+    "data.queries": "Halves RobustQueries read_rephrases robust_queries",
     "data.requests": "read_requests",
     "data.subject_forms": "SubjectPrompt other_forms random_contexts text_end",
     "edit": "apply_edits",
@@ -133,6 +142,7 @@ _MODULES = {
     "evaluation.perplexity": "PerplexityProbe perplexity",
     "evaluation.portability": "evaluate_knowedit",
     "evaluation.report": "Report",
+    "evaluation.robustness": "Robustness evaluate_robustness robustness_table",
     "evaluation.withdrawal": "edit_scores evaluate_withdrawal",
     "evaluation.zsre": "evaluate_zsre",
     "export.lora": "LoraInfo apply_lora check_lora load_lora save_lora",
@@ -145,7 +155,7 @@ _MODULES = {
     "models.hub": "load save",
     "models.stretch": "Stretch pull push",
     "models.transformer": "Decoder hidden_states logits",
-    "presets": "EDITORS METHODS method_for",
+    "presets": "EDITORS METHODS TUNERS method_for",
     "result": "EditResult",
     "sharding": "make_mesh",
     "solvers.prepare": "prepare",
@@ -153,6 +163,8 @@ _MODULES = {
     "statistics": "SecondMoment SecondMoments second_moments",
     "stream": "CollapseGuard StreamResult StreamStep edit_stream",
     "targets.strategies": "Targets",
+    "tuning.finetune": "FineTune",
+    "tuning.lora": "LoraEditor",
     "types": "EditRequest",
 }
 _HOMES = {name: (module, name) for module, names in _MODULES.items() for name in names.split()}
@@ -160,6 +172,7 @@ _HOMES["targets"] = ("edit", "find_targets")
 
 __all__ = [
     "AnchorConfig",
+    "Apart",
     "Asking",
     "BackwardSpread",
     "Bounds",
@@ -175,14 +188,17 @@ __all__ = [
     "EditResult",
     "EqualityConstrained",
     "Fact",
+    "FineTune",
     "ForwardReplay",
     "Grace",
+    "Halves",
     "HyperParameters",
     "IReVa",
     "JacobianSpread",
     "JaxEditError",
     "LayerInfo",
     "Ledger",
+    "LoraEditor",
     "LoraInfo",
     "METHODS",
     "Melo",
@@ -198,6 +214,8 @@ __all__ = [
     "Report",
     "RequestError",
     "Ridge",
+    "RobustQueries",
+    "Robustness",
     "SecondMoment",
     "SecondMoments",
     "SpectralClamp",
@@ -209,6 +227,7 @@ __all__ = [
     "StreamStep",
     "Stretch",
     "SubjectPrompt",
+    "TUNERS",
     "Targets",
     "Trace",
     "Walk",
@@ -230,6 +249,7 @@ __all__ = [
     "evaluate",
     "evaluate_knowedit",
     "evaluate_multihop",
+    "evaluate_robustness",
     "evaluate_withdrawal",
     "evaluate_zsre",
     "factorise",
@@ -253,6 +273,7 @@ __all__ = [
     "plot_bounds",
     "plot_key_map",
     "plot_neighbours",
+    "plot_robustness",
     "plot_similarities",
     "plot_spread",
     "plot_trace",
@@ -268,9 +289,12 @@ __all__ = [
     "read_mquake",
     "read_preset",
     "read_references",
+    "read_rephrases",
     "read_requests",
     "reference_scores",
     "retrieval_weights",
+    "robust_queries",
+    "robustness_table",
     "save",
     "save_lora",
     "second_moments",

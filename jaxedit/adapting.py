@@ -1,4 +1,4 @@
-"""Edits by what is added to a model, its weights left as they are: `apply_edits` for `jaxedit.adapters`."""
+"""`apply_edits` for what does not solve for weights: editors that add parameters, and fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from jaxedit.adapters.editors import Editor, describe_editor, state_of
 from jaxedit.chances import probabilities
 from jaxedit.data.tokens import CLEAN, validate
 from jaxedit.errors import JaxEditError
-from jaxedit.export.patch import adapter_patch
+from jaxedit.export.patch import adapter_patch, make_patch, with_matrices
 from jaxedit.info import EditInfo
 from jaxedit.layer_loop import Progress
+from jaxedit.models.sites import refuse_adapters
 from jaxedit.models.transformer import Decoder
 from jaxedit.passes import Clock
+from jaxedit.plain import plain_fields
 from jaxedit.result import EditResult
+from jaxedit.tuning.named import Tuner
 from jaxedit.types import EditRequest
 
 
@@ -71,11 +74,41 @@ def adapted(
     with clock("probabilities"):
         edits = validate(tokenizer, asked, CLEAN, after.config.max_positions)
         chances = [probabilities(m.params, m.config, edits) for m in (before, after)]
-    info = EditInfo(
-        method=editor,
+    info = _info(editor, chances, clock, trace)
+    return EditResult(after, patch, info, None, {}, None)
+
+
+def tune(
+    tuner: Tuner,
+    model: Decoder | EditResult,
+    tokenizer,
+    requests: Sequence[EditRequest],
+    *,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> EditResult:
+    """Make the requests by descending on them. Earlier edits are not protected."""
+    clock, base = Clock(), host_of(model)
+    refuse_adapters(base, "fine-tune it")
+    with clock("edit"):
+        deltas, trace = tuner.edit(base, tokenizer, requests, seed=seed, on_progress=on_progress)
+    with clock("patch"):
+        down = base.params["blocks"]["down"]["w"]
+        originals = {l: np.asarray(down[l]) for l in deltas}
+        patch, matrices = make_patch({"name": tuner.name, **plain_fields(tuner)}, requests, originals, deltas)
+        edited = with_matrices(base, matrices)
+    with clock("probabilities"):
+        edits = validate(tokenizer, requests, CLEAN, base.config.max_positions)
+        chances = [probabilities(m.params, m.config, edits) for m in (base, edited)]
+    return EditResult(edited, patch, _info(tuner, chances, clock, trace), None, {}, None)
+
+
+def _info(method: Editor | Tuner, chances: list[np.ndarray], clock: Clock, trace: dict[str, np.ndarray]) -> EditInfo:
+    return EditInfo(
+        method=method,
         templates=CLEAN,
         layers=(),
-        remaining=np.zeros((0, len(edits))),
+        remaining=np.zeros((0, len(chances[0]))),
         targets_given=False,
         updates=None,
         final_loss=None,
@@ -86,7 +119,6 @@ def adapted(
         seconds=dict(clock.seconds),
         trace=trace,
     )
-    return EditResult(after, patch, info, None, {}, None)
 
 
 def host_of(model: Decoder | EditResult) -> Decoder:

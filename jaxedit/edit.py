@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxedit.adapters.editors import Editor, editor_of
-from jaxedit.adapting import edit_with, host_of
+from jaxedit.adapting import edit_with, host_of, tune
 from jaxedit.chances import probabilities
 from jaxedit.config import BackwardSpread, Method, PerLayer
 from jaxedit.data.templates import sample_templates
@@ -34,6 +34,7 @@ from jaxedit.solvers.prepare import Prepared, prepare, protect_keys
 from jaxedit.statistics import SecondMoments, second_moments
 from jaxedit.targets.anchor_room import Rooms
 from jaxedit.targets.strategies import Targets, make_targets
+from jaxedit.tuning.named import Tuner, tuner_of
 from jaxedit.types import EditRequest
 
 
@@ -41,7 +42,7 @@ def apply_edits(
     model: Decoder | EditResult,
     tokenizer,
     requests: Sequence[EditRequest],
-    method: str | Method | Editor = "fe",
+    method: str | Method | Editor | Tuner = "fe",
     layers: Sequence[int] | None = None,
     stats: SecondMoments | None = None,
     targets: Targets | None = None,
@@ -56,9 +57,10 @@ def apply_edits(
 
     model: stays as it is. An EditResult continues from its model with the keys of its edits protected (the
         published ``cache_c``), or, of an editor that adds parameters, from what it has added.
-    method: a name (of METHODS or EDITORS; see `jaxedit.presets` and `jaxedit.adapters.editors`), a `Method`, which is
-        solved for the weights of some layers, or the settings of an editor that adds parameters, such as `IReVa`, for
-        which stats, targets, templates, factor and anchor_cache mean nothing. layers: instead of the method's.
+    method: a name (of METHODS, EDITORS or TUNERS; see `jaxedit.presets`) or settings: a `Method`, which is solved for
+        the weights of some layers; an editor that adds parameters, such as `IReVa`; or a `FineTune` or `LoraEditor`.
+        To the latter two stats, targets, templates, factor and anchor_cache mean nothing. layers: instead of the
+        method's.
     stats: second moments of the keys at those layers, by default computed from the packaged corpus and cached.
     targets: made earlier by `targets` or elsewhere; by default found here. With PerLayer they may cover only some
         layers, and the others are found on the model as edited so far. templates: context templates, "{}"
@@ -76,12 +78,17 @@ def apply_edits(
     method, layers, statistics or targets do not fit the model. Nothing is changed in that case.
     """
     requests = tuple(requests)
-    editor = editor_of(method, host_of(model).config, layers)
-    if editor is not None:
+    config = host_of(model).config
+    editor, tuner = editor_of(method, config, layers), tuner_of(method, config, layers)
+    if editor is not None or tuner is not None:
         unused = {"stats": stats, "targets": targets, "templates": templates, "factor": factor}
         if given := [name for name, value in unused.items() if value is not None]:
-            raise JaxEditError(f"{type(editor).__name__} solves for no weights; leave out {', '.join(given)}")
+            name = (editor or tuner).name  # type: ignore[union-attr]
+            raise JaxEditError(f"{name!r} solves for no weights; leave out {', '.join(given)}")
+    if editor is not None:
         return edit_with(editor, model, tokenizer, requests, seed=seed, on_progress=on_progress)
+    if tuner is not None:
+        return tune(tuner, model, tokenizer, requests, seed=seed, on_progress=on_progress)
     assert isinstance(method, str | Method)
     return edit_grouped(
         *(model, tokenizer, requests, method, Grouping.of(len(requests)), layers, stats, targets, templates),

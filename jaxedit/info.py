@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxedit.adapters.editors import Editor
     from jaxedit.passes import Passes
     from jaxedit.targets.strategies import Targets
+    from jaxedit.tuning.named import Tuner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +45,15 @@ class LayerInfo:
 class EditInfo:
     """What happened to each edit and in each layer.
 
-    method: or the settings of an editor that adds parameters. Of such an editor there are no layers, and `trace` has
-    arrays with the edits as their first axis; which ones, the editor's `edit` says.
+    method: or the settings of what does not solve for weights. Then there are no layers, and `trace` has arrays; which
+    ones, the `edit` of these settings says.
     Per edit, ``[n]``: `updates` (Adam's), `final_loss`, `init_norm` ‖h‖ and `delta_norm` ‖δ‖ of the first anchor
     (None where targets without anchors were given); `probability_before` and `probability_after` of the whole
     target. remaining: ``[layers + 1, n]`` norm of the residual at the last edited layer, before the first edit and
     after each layer. seconds: wall-clock time by stage, compilation included.
     """
 
-    method: Method | Editor
+    method: Method | Editor | Tuner
     templates: tuple[tuple[str, ...], ...]
     layers: tuple[LayerInfo, ...]
     remaining: np.ndarray
@@ -75,7 +76,7 @@ class EditInfo:
     def solved(self) -> Method:
         """The method, of one that solves for weights. Raises JaxEditError of another."""
         if not isinstance(self.method, Method):
-            raise JaxEditError(f"{self.name!r} adds parameters; this is about methods that solve for weights")
+            raise JaxEditError(f"{self.name!r} does not solve for weights; this is about methods that do")
         return self.method
 
     def to_dict(self) -> dict[str, Any]:

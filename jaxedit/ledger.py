@@ -39,6 +39,7 @@ from jaxedit.presets import resolve
 from jaxedit.solvers.prepare import Prepared
 from jaxedit.statistics import SecondMoments
 from jaxedit.targets.strategies import Targets, make_targets
+from jaxedit.tuning.named import Tuner, tuner_of
 from jaxedit.types import EditRequest
 
 
@@ -63,7 +64,7 @@ class Ledger:
         cls,
         base: Decoder,
         tokenizer,
-        method: str | Method | Editor = "fe",
+        method: str | Method | Editor | Tuner = "fe",
         layers: Sequence[int] | None = None,
         stats: SecondMoments | None = None,
         templates=None,
@@ -84,6 +85,8 @@ class Ledger:
                 raise JaxEditError(f"{editor.name!r} solves for no weights; leave out stats and templates")
             about = (whole_fingerprint(base.params, base.config), str(base.dtype), None)
             return cls(base, tokenizer, editor, LedgerRecord(describe_editor(editor), CLEAN, seed, *about))
+        if tuner_of(method, base.config) is not None:
+            raise JaxEditError("fine-tuning mixes all edits; a ledger is of edits that can be taken back one by one")
         assert isinstance(method, str | Method)
         method = resolve(method, base.config, layers)
         plain = describe(method)

@@ -67,6 +67,11 @@ def _fits(value: Any, option: Any) -> bool:
     return type(value) in ((int, float) if option is float else (option,))
 
 
+def plain_fields(settings: Any) -> dict[str, Any]:
+    """The fields of a flat dataclass, with lists for tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+
+
 def refuse_unknown(where: str, values: Mapping[str, Any], known):
     """Raise JaxEditError naming the fields of `values` that are not among the `known` ones."""
     unknown = sorted(set(values) - set(known))

@@ -75,6 +75,7 @@ RECIPES: dict[str, Recipe] = {
 }
 METHODS = tuple(RECIPES)
 EDITORS = ("ireva", "cache", "grace", "melo", "wise")  # that add parameters: see `jaxedit.adapters.editors`
+TUNERS = ("ft", "ft_l", "ft_m", "lora")  # that descend on the edits themselves: see `jaxedit.tuning.named`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,11 +194,11 @@ def method_for(name: str, config: ModelConfig, layers: tuple[int, ...] | None = 
     """
     known, plus, replay = name.partition("+")
     if known not in RECIPES or (plus and replay != "fe"):
-        near = difflib.get_close_matches(known.lower(), (*METHODS, *EDITORS), 1)
+        near = difflib.get_close_matches(known.lower(), (*METHODS, *EDITORS, *TUNERS), 1)
         meant = f"; did you mean {near[0]!r}?" if near and near[0] != known else ""
         raise JaxEditError(
             f"unknown method {name!r}{meant}\nknown, also followed by '+fe': {', '.join(METHODS)}\n"
-            f"and, adding parameters: {', '.join(EDITORS)}"
+            f"adding parameters: {', '.join(EDITORS)}\nfine-tuning: {', '.join(TUNERS)}"
         )
     found = preset_name(config)
     if found is None and layers is None:

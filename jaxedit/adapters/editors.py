@@ -16,7 +16,7 @@ from jaxedit.adapters.melo import Melo, MeloState
 from jaxedit.adapters.wise import Wise, WiseState
 from jaxedit.errors import JaxEditError
 from jaxedit.models.config import ModelConfig
-from jaxedit.plain import built
+from jaxedit.plain import built, plain_fields
 from jaxedit.presets import EDITORS, preset_name
 
 Editor = IReVa | CachingEditor | Grace | Melo | Wise
@@ -60,8 +60,7 @@ def state_of(editor: Editor) -> type:
 
 def describe_editor(editor: Editor) -> dict[str, Any]:
     """The editor as plain data, for patches, ledgers and reports."""
-    fields = dataclasses.asdict(editor)
-    return {"name": editor.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    return {"name": editor.name, **plain_fields(editor)}
 
 
 def editor_from_plain(plain: Mapping[str, Any]) -> Editor | None:

@@ -58,7 +58,7 @@ from jaxedit.cli.options import (
     argument,
 )
 from jaxedit.errors import JaxEditError
-from jaxedit.presets import EDITORS, METHODS
+from jaxedit.presets import EDITORS, METHODS, TUNERS
 
 if TYPE_CHECKING:
     from jaxedit import EditResult, Report
@@ -91,7 +91,8 @@ def edit(
     method: Annotated[
         str | None,
         typer.Option(
-            help=f"One of {', '.join(METHODS)}; or one with +fe; or, adding parameters, {', '.join(EDITORS)}. "
+            help=f"One of {', '.join(METHODS)}; or one with +fe; adding parameters, {', '.join(EDITORS)}; "
+            f"or fine-tuning, {', '.join(TUNERS)}. "
             "[default: fe, or what the preset is for]"
         ),
     ] = None,
@@ -173,7 +174,7 @@ def edit(
                     on_progress=work.reporter(),
                 )
             elif len(groups) > 1:
-                raise JaxEditError(f"{method} makes edits one by one; --keep and --forget are for methods that solve")
+                raise JaxEditError(f"--keep and --forget are for methods that solve for weights; {method} does not")
             else:
                 result = je.apply_edits(
                     *(decoder, tokenizer, facts, recipe), stats=moments, seed=seed, on_progress=work.reporter()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxedit import Decoder, EditPatch, EditRequest, Method
     from jaxedit.adapters.editors import Editor
     from jaxedit.cli.options import Devices
+    from jaxedit.tuning.named import Tuner
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -104,22 +105,26 @@ def anchor_folder(kept: bool) -> Path | None:
     return cache_dir() / "anchors" if kept else None
 
 
-def named_method(name: str, model: Decoder, layers: tuple[int, ...] | None) -> Method | Editor:
-    """The method or the editor of this name, with the model's preset."""
+def named_method(name: str, model: Decoder, layers: tuple[int, ...] | None) -> Method | Editor | Tuner:
+    """The method, editor or fine-tuning of this name, with the model's preset."""
     from jaxedit import method_for
     from jaxedit.adapters.editors import editor_of
+    from jaxedit.tuning.named import tuner_of
 
-    return editor_of(name, model.config, layers) or method_for(name, model.config, layers)
+    config = model.config
+    return editor_of(name, config, layers) or tuner_of(name, config, layers) or method_for(name, config, layers)
 
 
-def with_settings(method: Method | Editor, settings: Sequence[str]) -> Method | Editor:
-    """An editor with other settings, each given as ``name=value``, the value as in JSON or a word."""
-    from jaxedit.adapters.editors import Editor, describe_editor, editor_from_plain
+def with_settings(method: Method | Editor | Tuner, settings: Sequence[str]) -> Method | Editor | Tuner:
+    """What does not solve for weights, with other settings, each given as ``name=value``, the value as in JSON or a
+    word."""
+    from jaxedit import Method
+    from jaxedit.plain import built, plain_fields
 
     if not settings:
         return method
-    if not isinstance(method, Editor):
-        raise JaxEditError(f"--set is for editors that add parameters; settings of {method.name} come from --preset")
+    if isinstance(method, Method):
+        raise JaxEditError(f"--set is for editors and fine-tuning; settings of {method.name} come from --preset")
     given = {}
     for text in settings:
         name, equals, value = text.partition("=")
@@ -129,9 +134,7 @@ def with_settings(method: Method | Editor, settings: Sequence[str]) -> Method | 
             given[name] = json.loads(value)
         except ValueError:
             given[name] = value
-    made = editor_from_plain(describe_editor(method) | given)
-    assert made is not None
-    return made
+    return built(type(method), plain_fields(method) | given, method.name)
 
 
 def refuse_out(to: Path | None, method: str):
@@ -142,7 +145,7 @@ def refuse_out(to: Path | None, method: str):
         raise JaxEditError(f"--out: {method} adds parameters, which a Hugging Face model has no place for; use --patch")
 
 
-def with_cov_weight(method: Method | Editor, cov_weight: float | None) -> Method | Editor:
+def with_cov_weight(method: Method | Editor | Tuner, cov_weight: float | None) -> Method | Editor | Tuner:
     """The method with another weight of second moments, where one is given and its solver has one."""
     if cov_weight is None:
         return method

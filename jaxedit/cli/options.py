@@ -39,7 +39,7 @@ CovWeight = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="NAME=VALUE", help="A setting of an editor that adds parameters; may be given several times."
+        "--set", metavar="NAME=VALUE", help="A setting of what does not solve for weights; may be given several times."
     ),
 ]
 StatsFile = Annotated[Path | None, typer.Option(help="From `jaxedit stats`; by default made of the packaged corpus.")]

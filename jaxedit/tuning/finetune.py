@@ -57,6 +57,7 @@ METHODS = tuple(GENERAL)
 class FineTune:
     """Settings.
 
+    name: what reports call it.
     layers: those whose MLP's second projection is trained; None: one, 21 parts of 32 up, as published for Llama.
     objective: "target", the loss is the negative log-likelihood of the target's tokens after the prompt, mean over
         them; "last", each of them is predicted at the prompt's last token instead.
@@ -65,6 +66,7 @@ class FineTune:
     stop: an update whose loss is below it is not made, and the epoch whose mean is, is the last.
     """
 
+    name: str = "ft"
     layers: tuple[int, ...] | None = None
     objective: Literal["target", "last"] = "target"
     clamp: float | None = None
@@ -127,5 +129,5 @@ def fine_tune_for(name: str, config: ModelConfig, layers: Sequence[int] | None =
     if name not in GENERAL:
         raise JaxEditError(f"unknown method {name!r}; the known ones are {', '.join(METHODS)}")
     settings: dict[str, Any] = {"layers": (max(config.n_layer - 2, 0),)} if name == "ft" else {}
-    made = FineTune(**settings | GENERAL[name] | PRESETS[name].get(preset_name(config) or "", {}))
+    made = FineTune(name=name, **settings | GENERAL[name] | PRESETS[name].get(preset_name(config) or "", {}))
     return made if layers is None else dataclasses.replace(made, layers=tuple(layers))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -45,6 +45,8 @@ class LoraEditor:
     stop: an update whose loss is below it is not made, and the epoch whose mean is, is the last; 0 for never, as
         published.
     """
+
+    name: ClassVar[str] = "lora"
 
     layers: tuple[int, ...] | None = None
     rank: int = 8

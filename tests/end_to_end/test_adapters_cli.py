@@ -30,7 +30,9 @@ def test_edit_and_measure(model, facts, tmp_path):
     assert document["info"]["method"] == "ireva" and len(document["info"]["trace"]["neurons"]) == 3
     again = json.loads(run_command("eval", model, patch, facts, "--json").stdout)
     assert again["report"]["edited"] == document["report"]["edited"]
-    said = run_command("generate", model, "HealthCap is headquartered in", "--patch", patch, "--max-new-tokens", 4).stdout
+    said = run_command(
+        "generate", model, "HealthCap is headquartered in", "--patch", patch, "--max-new-tokens", 4
+    ).stdout
     assert "Toronto" in said
     text = run_command("edit", model, facts, "--method", "ireva", "--no-eval").stdout
     assert "3 edits with ireva" in text and "residual" not in text

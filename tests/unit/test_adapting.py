@@ -18,6 +18,8 @@ from jaxedit.data.tokens import target_ids
 from jaxedit.errors import JaxEditError, PatchError
 from jaxedit.export.patch import with_matrices
 from jaxedit.ledger import Ledger
+from jaxedit.presets import TUNERS
+from jaxedit.tuning.named import tuner_for
 
 FEW = {"grace": {"steps": 3}, "melo": {"steps": 3}, "wise": {"steps": 3}, "cache": {"radius": 1.0}}
 FE = Method(
@@ -123,7 +125,7 @@ def test_what_does_not_go_together_is_refused(host, tmp_path):
         je.apply_edits(model, tokenizer, requests, "ireva", templates=("{}",))
     with pytest.raises(JaxEditError, match="did you mean 'ireva'"):
         je.apply_edits(model, tokenizer, requests, "iReva")
-    with pytest.raises(JaxEditError, match="adds parameters"):
+    with pytest.raises(JaxEditError, match="does not solve for weights"):
         je.walk(model, tokenizer, requests[:1], edited)
 
 
@@ -135,6 +137,25 @@ def test_a_patch_of_another_model_is_refused(host, tiny):
     down = np.asarray(model.params["blocks"]["down"]["w"][0])
     with pytest.raises(PatchError, match="weights are not those"):
         je.apply_patch(with_matrices(model, {0: down * 2}), patch)
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_fine_tuning(host, name, tmp_path):
+    """An edit of weights like any other: reported, saved, applied, withdrawn."""
+    model, tokenizer, requests = host
+    settings = dataclasses.replace(tuner_for(name, model.config, (2,)), steps=3, lr=5e-3)
+    result = je.apply_edits(model, tokenizer, requests, settings)
+    assert result.info.name == name and result.patch.layers == (2,)
+    assert result.info.probability_after.mean() > result.info.probability_before.mean()
+    patch = je.EditPatch.load(result.patch.save(tmp_path / "one.jaxedit"))
+    again = je.apply_patch(model, patch)
+    assert same_bits(said(again, tokenizer, requests), said(result.model, tokenizer, requests))
+    back = je.withdraw_patch(again, patch)
+    assert same_bits(said(back, tokenizer, requests), said(model, tokenizer, requests))
+    with pytest.raises(JaxEditError, match="one by one"):
+        je.Ledger.create(model, tokenizer, name)
+    with pytest.raises(JaxEditError, match="leave out templates"):
+        je.apply_edits(model, tokenizer, requests, name, templates=("{}",))
 
 
 def test_editors_as_plain_data(host):
