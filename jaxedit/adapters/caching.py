@@ -16,17 +16,29 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxedit.adapters.rows import Asked, append, in_use, latest_best, read_last, where_wanted, withdrawn
-from jaxedit.data.tokens import CLEAN, encode, validate
+from jaxedit.adapters.codebook import nearest
+from jaxedit.adapters.rows import (
+    FREE,
+    ROOM,
+    append,
+    asked,
+    in_use,
+    latest_best,
+    owners,
+    read_last,
+    where_wanted,
+    withdrawn,
+)
+from jaxedit.adapters.settings import check_goes_on
+from jaxedit.adapters.training import tokenised
+from jaxedit.data.tokens import encode
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.layer_loop import Progress
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import norm, wide
 from jaxedit.models.sites import Site, answering
 from jaxedit.models.transformer import Context, Decoder, Params, embed, run
-from jaxedit.sharding import over_data
 from jaxedit.types import EditRequest
 
 
@@ -36,7 +48,8 @@ class CachingEditor:
 
     radius: how near a key must be to a stored one (Euclidean, strictly nearer). It depends on the model: published
         values are of BERT (6.5), BART (3) and distilGPT-2 (2.5).
-        None: the `quantile` of distances from the edits' prompts to the nearest text of another edit; see `calibrate`.
+        None: the `quantile` of distances from the first edits' prompts to the nearest text of another edit; see
+        `calibrate`.
     """
 
     name: ClassVar[str] = "cache"
@@ -51,6 +64,20 @@ class CachingEditor:
         if not 0 <= self.quantile <= 1:
             raise JaxEditError(f"CachingEditor.quantile must be from 0 to 1, got {self.quantile}")
 
+    def empty(self, model: Decoder) -> Cache:
+        """No stored texts yet, for a model. The radius is 0 until there are edits to choose it from."""
+        config, dtype = model.config, wide(model.dtype)
+        last = config.n_layer - 1
+        return Cache(
+            keys=jnp.zeros((ROOM, config.d_model), dtype),
+            tokens=jnp.zeros(ROOM, jnp.int32),
+            owner=jnp.full(ROOM, FREE, jnp.int32),
+            radius=jnp.asarray(self.radius or 0.0, dtype),
+            given=jnp.zeros((), jnp.int32),
+            layers=(last,),
+            asks=last,
+        )
+
     def edit(
         self,
         model: Decoder,
@@ -61,44 +88,37 @@ class CachingEditor:
         seed: int = 0,
         on_progress: Progress | None = None,
     ) -> tuple[Cache, dict[str, np.ndarray]]:
-        """Every target token of `requests` stored, behind those of `state`, whose radius stays.
+        """Every target token of `requests` stored, behind those of `state`.
 
-        model: without adapters. Nothing is random. Returns the cache, and for each edit ``rows [n]``, how many it has.
-        Keys are float32 (float64 for a float64 model).
-        Raises RequestError naming every request that cannot be carried out; JaxEditError where there is no radius, and
-        a single edit to choose it from.
+        model: without adapters. seed: nothing is random. on_progress is told of "keys".
+        Returns the cache, and of each edit ``rows [n]``, how many it has. Keys are float32 (float64 for a float64
+        model).
+        Raises RequestError naming every request that cannot be carried out; JaxEditError where `state` is of another
+        radius, and where there is no radius and a single edit to choose it from.
         """
-        if model.params.get("adapters"):
-            raise JaxEditError("pass the model without adapters, and the earlier cache as state=")
-        edits = validate(tokenizer, requests, CLEAN, model.config.max_positions)
+        empty = self.empty(model)
+        check_goes_on(state, empty)
+        state = empty if state is None else state
+        edits, first = tokenised(model, tokenizer, requests), int(state.given)
         counts = np.asarray([len(edit.target) for edit in edits])
-        rows = [(edit.contexts[0].tokens, len(edit.target)) for edit in edits]
-        keys = np.concatenate(text_keys(model, rows, on_progress))
-        first = 0 if state is None else int(state.given)
+        keys = np.concatenate(read_last(_keys, model, asked(edits), on_progress=on_progress))
         own = np.repeat(np.arange(len(edits)), counts)
-        radius = self.radius if state is None else state.radius
-        if radius is None:
+        radius = state.radius if first else empty.radius
+        if self.radius is not None and radius != empty.radius:
+            raise JaxEditError(f"the state to go on from has radius={radius}, and these settings radius={self.radius}")
+        if self.radius is None and not first:
             if len(edits) < 2:
                 raise JaxEditError("one edit alone says nothing about distances; pass CachingEditor(radius=...)")
             found = _nearest(keys[np.cumsum(counts) - counts], keys, np.arange(len(edits))[:, None] != own)
-            radius = float(np.quantile(found, self.quantile))
+            radius = jnp.asarray(np.quantile(found, self.quantile), radius.dtype)
         new = {
             "keys": jnp.asarray(keys),
             "tokens": jnp.asarray([token for edit in edits for token in edit.target], jnp.int32),
             "owner": jnp.asarray(first + own, jnp.int32),
         }
-        columns = append(None if state is None else {name: getattr(state, name) for name in new}, new)
-        last = model.config.n_layer - 1
-        made = Cache(
-            keys=columns["keys"],
-            tokens=columns["tokens"],
-            owner=columns["owner"],
-            radius=jnp.asarray(radius, new["keys"].dtype),
-            given=jnp.asarray(first + len(edits), jnp.int32),
-            layers=(last,),
-            asks=last,
-        )
-        return made, {"rows": counts}
+        columns = append({name: getattr(state, name) for name in new}, new)
+        given = jnp.asarray(first + len(edits), jnp.int32)
+        return dataclasses.replace(empty, **columns, radius=radius, given=given), {"rows": counts}
 
 
 def calibrate(
@@ -116,32 +136,25 @@ def calibrate(
     if not unrelated:
         raise JaxEditError("there are no unrelated prompts to choose a radius from")
     most = model.config.max_positions
-    edits = validate(tokenizer, requests, CLEAN, most)
+    edits = tokenised(model, tokenizer, requests)
     away = [tuple(encode(tokenizer, prompt)[0]) for prompt in unrelated]
     bad = [p for p, ids in zip(unrelated, away, strict=True) if not 0 < len(ids) <= most]
     if bad:
         raise RequestError([f"prompt {p!r} does not fit the model, which takes 1 to {most} tokens" for p in bad])
-    stored = [(edit.contexts[0].tokens, len(edit.target)) for edit in edits]
-    found = text_keys(model, [*stored, *((ids, 1) for ids in away)])
-    keys, others = np.concatenate(found[: len(stored)]), np.concatenate(found[len(stored) :])
-    return float(np.quantile(_nearest(others, keys), quantile))
+    found = read_last(_keys, model, [*asked(edits), *((ids, 1) for ids in away)])
+    keys, others = np.concatenate(found[: len(edits)]), np.concatenate(found[len(edits) :])
+    return float(np.quantile(_nearest(others, keys, np.ones((len(others), len(keys)), bool)), quantile))
 
 
-def _nearest(queries: np.ndarray, keys: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
+def _nearest(queries: np.ndarray, keys: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """Distances ``[q]`` from queries to the nearest of ``keys [n, d]`` that is ``allowed [q, n]``."""
-    found = np.zeros(len(queries))
-    for at in range(0, len(queries), 256):
-        some = slice(at, at + 256)
-        away = _squares(queries[some], keys)
-        away = away if allowed is None else np.where(allowed[some], away, np.inf)
-        best = keys[away.argmin(-1)]
-        found[some] = np.linalg.norm(queries[some] - best, axis=-1)
-    return found
+    some = [slice(at, at + 256) for at in range(0, len(queries), 256)]
+    return np.concatenate([_distances(queries[part], keys, allowed[part]) for part in some])
 
 
-def _squares(queries, keys):
-    """``‖k‖² - 2 q · k [q, n]``: the squared distance less ``‖q‖²``, which orders them."""
-    return (keys * keys).sum(-1) - 2 * queries @ keys.T
+@jax.jit
+def _distances(queries, keys, allowed):
+    return nearest(queries, keys, allowed)[1]
 
 
 @partial(
@@ -154,7 +167,8 @@ class Cache:
     """Stored texts, an `Adapter`.
 
     keys ``[n, d_model]``; tokens: int32 ``[n]``, what follows each text; owner: int32 ``[n]``, which edit a row belongs
-    to, -1 where there is none; radius: a scalar. given: how many edits there were. withheld: see `withholding`.
+    to, -1 where there is none; radius: a scalar. given: how many edits there were, those withdrawn included. withheld:
+    see `withholding`.
     Means and distances are float32 (float64), products at the highest precision.
     """
 
@@ -180,22 +194,33 @@ class Cache:
     def change(self, layer, seen, context, decision):
         """The stored token where there is one nearby."""
         wanted = answering(context)
-        found = where_wanted(self.found, decision, wanted, len(self.owner))
+        found = where_wanted(partial(self.found, dtype=seen.logits.dtype), decision, wanted, len(self.owner))
         return jnp.where(wanted, found, -1)
 
-    def found(self, key: jax.Array, index: jax.Array) -> jax.Array:
-        """The tokens ``[q]`` stored near ``key [q, d_model]``, -1 where none is, in rows ``index [q]`` of a batch."""
+    def found(self, key: jax.Array, index: jax.Array, dtype) -> jax.Array:
+        """The tokens ``[q]`` stored near ``key [q, d_model]``, -1 where none is, in rows ``index [q]`` of a batch, for
+        a model of a dtype.
+
+        The latest edit of those that are nearest up to rounding, and of its rows the nearest: keys of a long text and
+        of the same text with one token more are near each other too.
+        """
         used = in_use(self.owner, None if self.withheld is None else self.withheld[index])
         size = jnp.sum(self.keys * self.keys, -1)
         near = 2 * jnp.matmul(key, self.keys.T, precision="highest") - size
         square = jnp.sum(key * key, -1, keepdims=True)
-        best = latest_best(jnp.where(used, near, -jnp.inf), scale=square * 0.1)
+        near = jnp.where(used, near, -jnp.inf)
+        owner = self.owner[latest_best(near, dtype, scale=square * 0.1)]
+        best = jnp.where(self.owner == owner[:, None], near, -jnp.inf).argmax(-1)
         away = jnp.linalg.norm(key - self.keys[best], axis=-1)
         known = jnp.take_along_axis(jnp.broadcast_to(used, near.shape), best[:, None], 1)[:, 0]
         return jnp.where(known & (away < self.radius), self.tokens[best], -1)
 
+    def edits(self) -> np.ndarray:
+        """The numbers of the edits still held, ascending."""
+        return owners(self.owner)
+
     def without(self, edits: Collection[int]) -> Cache:
-        """Edits withdrawn, by their numbers."""
+        """Edits withdrawn, by their numbers. Raises JaxEditError naming edits that are not held."""
         return dataclasses.replace(self, owner=jnp.where(withdrawn(self.owner, edits), -1, self.owner))
 
     def withholding(self, edits: jax.Array | None) -> Cache:
@@ -225,19 +250,8 @@ def running(states: jax.Array, context: Context, carried=None) -> tuple[jax.Arra
     return sums + carried[0][:, None], count + carried[1][:, None]
 
 
-def text_keys(model: Decoder, rows: Sequence[Asked], on_progress: Progress | None = None) -> list[np.ndarray]:
-    """For each row ``(tokens, n)``: the keys ``[n, d_model]`` of the row and of what it begins with, up to n - 1 tokens
-    shorter, the shortest first."""
-    return read_last(_keys, model, rows, on_progress)
-
-
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def _keys(params: Params, config: ModelConfig, tokens, mask, at, mesh: Mesh | None):
-    def share(params, tokens, mask, at):
-        context = Context.of_mask(mask)
-        h = run(params, config, embed(params, config, tokens, context), context, 0, config.n_layer)
-        states = norm(h, params["final_norm"], config)
-        sums, count = running(states.astype(wide(h.dtype)), context)
-        return jnp.take_along_axis(sums / jnp.maximum(count, 1)[..., None], at[..., None], 1)
-
-    return over_data(share, mesh)(params, tokens, mask, at)
+def _keys(params: Params, config: ModelConfig, tokens, context: Context):
+    """The key of every text that a row begins with, ``[b, s, d_model]``."""
+    h = run(params, config, embed(params, config, tokens, context), context, 0, config.n_layer)
+    sums, count = running(norm(h, params["final_norm"], config).astype(wide(h.dtype)), context)
+    return sums / jnp.maximum(count, 1)[..., None]

@@ -18,15 +18,6 @@ from jaxedit.models.sites import prompt_ends
 from jaxedit.models.transformer import Context
 
 CANDIDATES = 4  # keys whose distance to a query is taken from differences
-ROOM = 8  # rows of the smallest codebook
-
-
-def room(n: int) -> int:
-    """How many rows to hold for `n`: 8, 12, 18, 27, …, so that few programs are compiled while a codebook grows."""
-    rows = ROOM
-    while rows < n:
-        rows += rows // 2
-    return rows
 
 
 def widened(x: np.ndarray, rows: int, fill) -> np.ndarray:

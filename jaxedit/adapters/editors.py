@@ -74,10 +74,6 @@ def editor_from_plain(plain: Mapping[str, Any]) -> Editor | None:
 
 def at_layers(editor: Editor, layers: Sequence[int]) -> Editor:
     """The editor at other layers. Raises JaxEditError where it stands at no layer of choice."""
-    fields = {f.name for f in dataclasses.fields(editor)}
-    if "layers" in fields:
-        return dataclasses.replace(editor, layers=tuple(layers))
-    if "layer" in fields and len(layers) == 1:
-        return dataclasses.replace(editor, layer=layers[0])
-    number = "one layer" if "layer" in fields else "no layer of choice"
-    raise JaxEditError(f"{type(editor).__name__} has {number}; got layers {tuple(layers)}")
+    if isinstance(editor, CachingEditor):
+        raise JaxEditError(f"CachingEditor stands behind the last layer; got layers {tuple(layers)}")
+    return dataclasses.replace(editor, layers=tuple(layers))

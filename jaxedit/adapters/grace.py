@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxedit.adapters.codebook import Distances, decide_at_ends, drawn, nearest, room
+from jaxedit.adapters.codebook import Distances, decide_at_ends, drawn, nearest
 from jaxedit.adapters.grace_book import CASES, Book
+from jaxedit.adapters.rows import FREE, ROOM, at_prompts, check_held, read_last, rounding
+from jaxedit.adapters.settings import check_goes_on, check_one_layer, chosen_layer
 from jaxedit.adapters.training import (
     Answers,
     answer_batches,
@@ -26,10 +28,11 @@ from jaxedit.adapters.training import (
     at_asks,
     at_ends,
     descend,
-    into,
+    mlp_entry,
     nll_above,
     tokenised,
 )
+from jaxedit.config import _check, _check_choice
 from jaxedit.data.tokens import EditTokens
 from jaxedit.errors import JaxEditError
 from jaxedit.layer_loop import Progress
@@ -39,7 +42,9 @@ from jaxedit.models.sites import Seen, Site, prompt_ends
 from jaxedit.models.transformer import (
     Context,
     Decoder,
+    Params,
     after_mlp,
+    key_of_input,
     layer,
     mlp_output,
 )
@@ -50,10 +55,10 @@ Replace = Literal["prompt", "last", "all"]
 _CHUNK = 1024  # queries whose distances are on the host at once
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "gpt2-xl": {"layer": 35, "linear": "up"},
-    "gpt-j-6b": {"layer": 25, "steps": 200, "replace": "last"},
-    "llama-2-7b": {"layer": 27, "steps": 50, "replace": "last"},
-    "qwen2.5-7b": {"layer": 18, "steps": 50, "replace": "last"},
+    "gpt2-xl": {"layers": (35,), "linear": "up"},
+    "gpt-j-6b": {"layers": (25,), "steps": 200, "replace": "last"},
+    "llama-2-7b": {"layers": (27,), "steps": 50, "replace": "last"},
+    "qwen2.5-7b": {"layers": (18,), "steps": 50, "replace": "last"},
 }
 
 
@@ -64,7 +69,8 @@ class GraceState:
     target's tokens, -1 beyond them; owner: int32 ``[rows]``, the edit that made the row, -1 where it is free.
 
     Of each edit, in the order given: row, the row it uses, or -1 where it was withdrawn or overwritten; resized,
-    before: the row whose ball it resized (-1: none), and that ball's radius before. count: how many edits there were.
+    before: the row whose ball it resized (-1: none), and that ball's radius before. given: how many edits there were,
+    those withdrawn included.
     """
 
     keys: jax.Array
@@ -75,20 +81,16 @@ class GraceState:
     row: jax.Array
     resized: jax.Array
     before: jax.Array
-    count: jax.Array
-    layer: int = dataclasses.field(metadata={"static": True})
+    given: jax.Array
+    layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     linear: Linear = dataclasses.field(metadata={"static": True})
     replace: Replace = dataclasses.field(metadata={"static": True})
     include_query: bool = dataclasses.field(metadata={"static": True})
     act: str = dataclasses.field(metadata={"static": True})
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
-
-    @property
     def asks(self) -> int:
-        return self.layer
+        return self.layers[0]
 
     @property
     def asks_at(self) -> Site:
@@ -114,16 +116,18 @@ class GraceState:
         value = _standing(self.values[decision].astype(stands.dtype), self.linear, self.act)
         return jnp.where(takes[..., None], value, stands)
 
-    def without(self, edits: Collection[int]) -> GraceState:
-        """The codebook without some edits, by their numbers. A row goes with the last edit that uses it, and a ball
-        gets back the radius that it would have had without the edit; values stay as they are.
+    def edits(self) -> np.ndarray:
+        """The numbers of the edits still held, ascending."""
+        return np.flatnonzero(np.asarray(self.row) >= 0)
 
-        Raises JaxEditError where there is no such edit.
+    def without(self, edits: Collection[int]) -> GraceState:
+        """Edits withdrawn, by their numbers. A row goes with the last edit that uses it, and a ball gets back the
+        radius that it would have had without the edit; values stay as they are.
+
+        Raises JaxEditError naming edits that are not held.
         """
+        check_held(edits, self.edits())
         book = Book.of(self)
-        unknown = sorted(set(edits) - set(range(book.count)))
-        if unknown:
-            raise JaxEditError(f"there are no edits {unknown}; the codebook has had edits 0 to {book.count - 1}")
         for edit in sorted(edits):
             book.withdraw(edit)
         return dataclasses.replace(self, **book.arrays())
@@ -131,10 +135,10 @@ class GraceState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grace:
-    """Settings.
+    """How balls are laid, and how their values are trained and used.
 
-    layer: of the linear map; None: three quarters up, as published for GPT-2-XL. linear: "down", the MLP's second
-    projection, or "up", its first one, where the MLP is not gated.
+    layers: the one layer of the linear map; None: three quarters up, as published for GPT-2-XL. linear: "down", the
+    MLP's second projection, or "up", its first one, where the MLP is not gated.
     radius: of a new ball, in units of the map's input, which differ from model to model.
     start: a new value is drawn from [0, 1) ("cold"), or is what the map says at the prompt's last token ("warm").
     steps, lr: Adam's, for each value.
@@ -146,7 +150,7 @@ class Grace:
     name: ClassVar[str] = "grace"
     separable: ClassVar[bool] = True  # whether one edit can be withdrawn from what was added
 
-    layer: int | None = None
+    layers: tuple[int, ...] | None = None
     linear: Linear = "down"
     radius: float = 1.0
     start: Literal["cold", "warm"] = "cold"
@@ -156,24 +160,21 @@ class Grace:
     include_query: bool = False
 
     def __post_init__(self):
-        choices = (("linear", ("down", "up")), ("start", ("cold", "warm")), ("replace", ("prompt", "last", "all")))
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                raise JaxEditError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.radius < 0 or self.steps < 1 or self.lr <= 0:
-            raise JaxEditError(
-                f"radius must be >= 0, steps >= 1 and lr > 0, got {self.radius}, {self.steps} and {self.lr}"
-            )
+        check_one_layer(self)
+        _check_choice(self, "linear", ("down", "up"))
+        _check_choice(self, "start", ("cold", "warm"))
+        _check_choice(self, "replace", ("prompt", "last", "all"))
+        _check(self, positive=("lr",), not_negative=("radius",))
+        if self.steps < 1:
+            raise JaxEditError(f"Grace.steps must be at least 1, got {self.steps}")
         if self.include_query and self.replace != "prompt":
-            raise JaxEditError(f"include_query goes with replace='prompt', not with {self.replace!r}")
+            raise JaxEditError(f"Grace.include_query goes with replace='prompt', not with {self.replace!r}")
 
-    def layer_of(self, config: ModelConfig) -> int:
-        """The layer in a model. Raises JaxEditError where it has no such layer, or no such map there."""
+    def layer_in(self, config: ModelConfig) -> int:
+        """The layer of the map. Raises JaxEditError where the model does not have it, or no such map there."""
         if self.linear == "up" and config.gated:
             raise JaxEditError(f"a gated MLP, as of {config.family}, has no one first projection; use linear='down'")
-        chosen = max(0, 3 * config.n_layer // 4 - 1) if self.layer is None else self.layer
-        if not 0 <= chosen < config.n_layer:
-            raise JaxEditError(f"layer {chosen} is out of range: the model has layers 0 to {config.n_layer - 1}")
+        chosen = chosen_layer(self, config, max(0, 3 * config.n_layer // 4 - 1))
         if self.replace == "prompt" and not self.include_query and chosen == config.n_layer - 1:
             raise JaxEditError("in the last layer, tokens before the prompt's last one have no effect: include_query")
         return chosen
@@ -182,19 +183,18 @@ class Grace:
         """A codebook without edits, for a model."""
         config, dtype = model.config, wide(model.dtype)
         wide_in, wide_out = (config.d_model, config.d_ff) if self.linear == "up" else (config.d_ff, config.d_model)
-        n = room(0)
-        free = jnp.full(n, -1, jnp.int32)
+        free = jnp.full(ROOM, FREE, jnp.int32)
         return GraceState(
-            keys=jnp.zeros((n, wide_in), dtype),
-            values=jnp.zeros((n, wide_out), dtype),
-            radii=jnp.zeros(n, dtype),
-            labels=jnp.full((n, 1), -1, jnp.int32),
+            keys=jnp.zeros((ROOM, wide_in), dtype),
+            values=jnp.zeros((ROOM, wide_out), dtype),
+            radii=jnp.zeros(ROOM, dtype),
+            labels=jnp.full((ROOM, 1), -1, jnp.int32),
             owner=free,
             row=free,
             resized=free,
-            before=jnp.zeros(n, dtype),
-            count=jnp.zeros((), jnp.int32),
-            layer=self.layer_of(config),
+            before=jnp.zeros(ROOM, dtype),
+            given=jnp.zeros((), jnp.int32),
+            layers=(self.layer_in(config),),
             linear=self.linear,
             replace=self.replace,
             include_query=self.include_query,
@@ -211,32 +211,30 @@ class Grace:
         seed: int = 0,
         on_progress: Progress | None = None,
     ) -> tuple[GraceState, dict[str, np.ndarray]]:
-        """Take in requests, one after the other, and train their values.
+        """Balls for `requests`, one after the other, behind those of `state`; then their values.
 
-        model: the host, without adapters. state: the codebook to go on from. seed: of cold values, with the edit's
-        number. An edit is made whether or not the model says its target already: leave out those that need none.
-        Returns the codebook and, of each request, "case", one of 0 new, 1 split, 2 covered, 3 inside, 4 overwritten;
-        "row"; "distance" to the nearest key then; and "losses" ``[n, steps]`` before each step of its value.
+        model: without adapters. seed: of cold values, with the edit's number. on_progress is told of "keys" and
+        "values". An edit is made whether or not the model says its target already: leave out those that need none.
+        Returns the codebook, and of each edit ``case [n]``: 0 new, 1 split, 2 covered, 3 inside, 4 overwritten; ``row
+        [n]``; ``distance [n]`` to the nearest key then; and ``losses [n, steps]`` before each step of its value.
 
-        Raises RequestError where a request cannot be carried out, JaxEditError where the settings do not fit the
-        model or the state.
+        Keys and values are float32 (float64 for a float64 model), whatever the dtype of the weights.
+        Raises RequestError naming every request that cannot be carried out, JaxEditError where the settings do not fit
+        the model or the state.
         """
         empty = self.empty(model)
-        _check_fits(state, empty)
-        edits = tokenised(model, tokenizer, requests)
+        check_goes_on(state, empty)
+        edits, index = tokenised(model, tokenizer, requests), empty.layers[0]
         longest = max(len(e.target) for e in edits)
         book = Book.of(empty if state is None else state, len(edits), -(-longest // 4) * 4)
-        first, every = book.count, answer_batches(edits)
-        queries = np.zeros((len(edits), book.keys.shape[1]), book.keys.dtype)
-        for batch, rows in every:
-            found = _queries(model.params, model.config, rows, empty.layer, self.linear)
-            queries[batch.index] = np.asarray(found[: len(batch.index)])
-        cases, used, distances = _lay(book, edits, queries, self.radius)
-        losses = self._train(model, edits, book, empty.layer, seed, first, cases, used, on_progress)
+        first = book.given
+        found = read_last(_queries, model, at_prompts(edits), index, self.linear, on_progress=on_progress)
+        cases, used, distances = _lay(book, edits, np.concatenate(found), self.radius, rounding(model.dtype))
+        losses = self._train(model, edits, book, index, seed, first, cases, used, on_progress)
         traces = {"case": cases, "row": used, "distance": distances, "losses": losses}
         return dataclasses.replace(empty, **book.arrays()), traces
 
-    def _train(self, model: Decoder, edits, book: Book, layer: int, seed: int, first: int, cases, used, on_progress):
+    def _train(self, model: Decoder, edits, book: Book, index: int, seed: int, first: int, cases, used, on_progress):
         """Train the values of the edits' rows. Edits of one row come in rounds, each going on from the one before."""
         fresh = ~np.isin(cases, [CASES.index("covered"), CASES.index("inside")])
         cold = np.asarray(drawn(seed, first + np.arange(len(edits)), book.values.shape[1]))
@@ -247,7 +245,7 @@ class Grace:
                 at = members[batch.index]
                 fill = np.pad(at, (0, batch.rows - len(at)), mode="edge")
                 values = np.where(fresh[fill, None], cold[fill], book.values[used[fill]]).astype(book.values.dtype)
-                value, log, _ = _train_values(model.params, model.config, rows, values, fresh[fill], self, layer)
+                value, log, _ = _train_values(model.params, model.config, rows, values, fresh[fill], self, index)
                 book.values[used[at]], losses[at] = np.asarray(value)[: len(at)], np.asarray(log)[: len(at)]
                 done += len(at)
                 if on_progress is not None:
@@ -263,7 +261,7 @@ def rounds(used: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(turn == t) for t in range(int(turn.max()) + 1)]
 
 
-def _lay(book: Book, edits: Sequence[EditTokens], queries: np.ndarray, radius: float):
+def _lay(book: Book, edits: Sequence[EditTokens], queries: np.ndarray, radius: float, rounding: float):
     """Lay the balls of all edits in their order: case, row and distance to the nearest key, of each."""
     found = []
     for at in range(0, len(edits), _CHUNK):
@@ -272,21 +270,9 @@ def _lay(book: Book, edits: Sequence[EditTokens], queries: np.ndarray, radius: f
         for i, edit in enumerate(some):
             label = np.full(book.labels.shape[1], -1, np.int32)
             label[: len(edit.target)] = edit.target
-            found.append(book.insert(label, radius, i, distances))
+            found.append(book.insert(label, radius, i, distances, rounding))
     cases, rows, apart = zip(*found, strict=True)
     return np.asarray([CASES.index(c) for c in cases], np.int32), np.asarray(rows, np.int32), np.asarray(apart)
-
-
-def _check_fits(state: GraceState | None, empty: GraceState):
-    if state is None:
-        return
-    for name in ("layer", "linear", "replace", "include_query", "act"):
-        if getattr(state, name) != getattr(empty, name):
-            raise JaxEditError(
-                f"the codebook to go on from has {name}={getattr(state, name)!r}, the settings {getattr(empty, name)!r}"
-            )
-    if state.keys.shape[1] != empty.keys.shape[1] or state.values.shape[1] != empty.values.shape[1]:
-        raise JaxEditError("the codebook to go on from is of a model of other widths")
 
 
 def _takes(replace: Replace, include_query: bool, here, ends):
@@ -301,18 +287,18 @@ def _standing(value, linear: Linear, act: str):
     return activation(value, act) if linear == "up" else value
 
 
-@partial(jax.jit, static_argnames=("config", "index", "linear"))
-def _queries(params, config: ModelConfig, rows: Answers, index: int, linear: Linear):
-    """Queries ``[n, d_in]``."""
-    _, x, key = into(params, config, rows, index)
-    return at_ends(x if linear == "up" else key, rows)
+def _queries(params: Params, config: ModelConfig, tokens, context: Context, index: int, linear: Linear):
+    """The map's input at every token, ``[b, s, d_in]``."""
+    x, _ = mlp_entry(params, config, tokens, context, index)
+    return x if linear == "up" else key_of_input(layer(params, index), config, x)
 
 
 @partial(jax.jit, static_argnames=("config", "settings", "index"))
-def _train_values(params, config: ModelConfig, rows: Answers, values, fresh, settings: Grace, index: int):
+def _train_values(params: Params, config: ModelConfig, rows: Answers, values, fresh, settings: Grace, index: int):
     """Values ``[n, d_out]`` of as many rows of the codebook, trained; see `descend`."""
-    stream, x, key = into(params, config, rows, index)
     p, up = layer(params, index), settings.linear == "up"
+    x, stream = mlp_entry(params, config, rows.tokens, rows.context, index)
+    key = key_of_input(p, config, x)
     out = mlp_output(p, key)
     if settings.start == "warm":
         now = at_ends(linear(x, p["up"]) if up else out, rows)

@@ -14,29 +14,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxedit.adapters.ireva_neurons import SETTINGS, Neurons, mlp_entry, standardised
+from jaxedit.adapters.ireva_neurons import SETTINGS, Neurons, standardised
 from jaxedit.adapters.ireva_retrofit import retrofit
-from jaxedit.adapters.rows import append, read_last
+from jaxedit.adapters.rows import FREE, ROOM, append, asked, read_last
+from jaxedit.adapters.settings import check_goes_on, check_one_layer, chosen_layer
+from jaxedit.adapters.training import mlp_entry, tokenised
 from jaxedit.config import _check, _check_choice
-from jaxedit.data.tokens import CLEAN, validate
 from jaxedit.errors import JaxEditError
 from jaxedit.layer_loop import Progress
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import wide
-from jaxedit.models.transformer import (
-    Context,
-    Decoder,
-    Params,
-)
-from jaxedit.sharding import over_data
+from jaxedit.models.transformer import Context, Decoder, Params
 from jaxedit.types import EditRequest
 
 # Published values; PARAREL was edited with θ = 0.65. The layers of GPT-J and Llama are not published.
@@ -84,10 +77,7 @@ class IReVa:
     together: int = 32
 
     def __post_init__(self):
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            if len(self.layers or ()) != 1:
-                raise JaxEditError(f"IReVa.layers must be one layer, got {self.layers}")
+        check_one_layer(self)
         object.__setattr__(self, "betas", tuple(self.betas))
         _check_choice(self, "pool", ("max", "sum"))
         _check_choice(self, "gate", ("activation", "hard"))
@@ -102,10 +92,21 @@ class IReVa:
 
     def layer_in(self, config: ModelConfig) -> int:
         """The layer that neurons stand beside. Raises JaxEditError where the model does not have it."""
-        index = max(config.n_layer - 2, 0) if self.layers is None else self.layers[0]
-        if not 0 <= index < config.n_layer:
-            raise JaxEditError(f"layer {index} is out of range: the model has layers 0 to {config.n_layer - 1}")
-        return index
+        return chosen_layer(self, config, max(config.n_layer - 2, 0))
+
+    def empty(self, model: Decoder) -> Neurons:
+        """No neurons yet, for a model."""
+        dtype, d = wide(model.dtype), model.config.d_model
+        return Neurons(
+            keys=jnp.zeros((ROOM, d), dtype),
+            values=jnp.zeros((ROOM, d), dtype),
+            biases=jnp.zeros(ROOM, dtype),
+            owner=jnp.full(ROOM, FREE, jnp.int32),
+            given=jnp.zeros((), jnp.int32),
+            layers=(self.layer_in(model.config),),
+            act=model.config.act,
+            **{name: getattr(self, name) for name in SETTINGS[2:]},
+        )
 
     def edit(
         self,
@@ -120,7 +121,7 @@ class IReVa:
         """Neurons for every target token of `requests`, behind those of `state`.
 
         model: without adapters. seed: of the texts out of scope. on_progress is told of "keys" and "retrofit".
-        Returns the neurons, and for each edit ``neurons [n]``, how many it has; where retrofitted also ``losses [n,
+        Returns the neurons, and of each edit ``rows [n]``, how many it has; where retrofitted also ``losses [n,
         steps, 3]``, the terms before each update, mean over its neurons, and ``crosstalk [n]``, the largest part of the
         MLP's output that earlier neurons add at its prompts, relative to it.
 
@@ -128,17 +129,12 @@ class IReVa:
         Raises RequestError naming every request that cannot be carried out, JaxEditError where `state` is of another
         configuration.
         """
-        config = model.config
-        if model.params.get("adapters"):
-            raise JaxEditError("pass the model without adapters, and earlier neurons as state=")
-        index = self.layer_in(config)
-        edits = validate(tokenizer, requests, CLEAN, config.max_positions)
-        start = self._empty(model, index)
-        if state is not None and (differ := [f for f in SETTINGS if getattr(state, f) != getattr(start, f)]):
-            raise JaxEditError(f"state was made with other settings: its {', '.join(differ)} differ")
-        first = 0 if state is None else int(state.given)
-        rows = [(edit.contexts[0].tokens, len(edit.target)) for edit in edits]
-        keys = jnp.asarray(np.concatenate(read_last(partial(_keys, index=index), model, rows, on_progress)))
+        config, empty = model.config, self.empty(model)
+        check_goes_on(state, empty)
+        state = empty if state is None else state
+        edits, first = tokenised(model, tokenizer, requests), int(state.given)
+        found = read_last(_keys, model, asked(edits), self.layer_in(config), on_progress=on_progress)
+        keys = jnp.asarray(np.concatenate(found))
         ids = np.asarray([token for edit in edits for token in edit.target], np.int32)
         counts = np.asarray([len(edit.target) for edit in edits])
         table = model.params["embed"]["tokens"] if config.tied else model.params["unembed"]["w"]
@@ -148,33 +144,15 @@ class IReVa:
             "biases": self.theta * jnp.sum(keys * keys, -1),
             "owner": jnp.asarray(first + np.repeat(np.arange(len(edits)), counts), jnp.int32),
         }
-        columns = append(None if state is None else {name: getattr(state, name) for name in new}, new)
-        made = dataclasses.replace(start, **columns, given=jnp.asarray(first + len(edits), jnp.int32))
-        trace: dict[str, np.ndarray] = {"neurons": counts}
+        columns = append({name: getattr(state, name) for name in new}, new)
+        made = dataclasses.replace(empty, **columns, given=jnp.asarray(first + len(edits), jnp.int32))
+        trace: dict[str, np.ndarray] = {"rows": counts}
         if self.retrofit:
             made, more = retrofit(self, model, tokenizer, requests, edits, made, keys, seed, on_progress)
             trace |= more
         return made, trace
 
-    def _empty(self, model: Decoder, index: int) -> Neurons:
-        dtype, d = wide(model.dtype), model.config.d_model
-        return Neurons(
-            keys=jnp.zeros((0, d), dtype),
-            values=jnp.zeros((0, d), dtype),
-            biases=jnp.zeros(0, dtype),
-            owner=jnp.zeros(0, jnp.int32),
-            given=jnp.zeros((), jnp.int32),
-            layers=(index,),
-            act=model.config.act,
-            **{name: getattr(self, name) for name in SETTINGS[2:]},
-        )
 
-
-@partial(jax.jit, static_argnames=("config", "mesh", "index"))
-def _keys(params: Params, config: ModelConfig, tokens, mask, at, mesh: Mesh | None, *, index: int):
-    def share(params, tokens, mask, at):
-        x = mlp_entry(params, config, tokens, Context.of_mask(mask), index)[0]
-        x = jnp.take_along_axis(x, at[..., None], 1)
-        return standardised(x.astype(wide(x.dtype)))
-
-    return over_data(share, mesh)(params, tokens, mask, at)
+def _keys(params: Params, config: ModelConfig, tokens, context: Context, index: int):
+    x = mlp_entry(params, config, tokens, context, index)[0]
+    return standardised(x.astype(wide(x.dtype)))

@@ -9,22 +9,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxedit.adapters.rows import in_use, latest_best, where_wanted, withdrawn
-from jaxedit.models.config import ModelConfig
+from jaxedit.adapters.rows import in_use, latest_best, owners, where_wanted, withdrawn
 from jaxedit.models.layers import activation
 from jaxedit.models.sites import Site, answering
-from jaxedit.models.transformer import (
-    Context,
-    Params,
-    attention,
-    attention_added,
-    embed,
-    layer,
-    mlp_input,
-    run,
-    window_of,
-)
 
 SETTINGS = ("layers", "act", "alpha", "theta", "gate", "pool", "positions")
 
@@ -77,7 +66,7 @@ class Neurons:
         if self.pool == "sum":
             return self.alpha * _product(jnp.where(used, fired, 0), self.values)
         fired = jnp.where(used, fired, -jnp.inf)
-        best = latest_best(fired)
+        best = latest_best(fired, x.dtype)
         amount = jnp.take_along_axis(fired, best[:, None], 1)
         return self.alpha * jnp.where(jnp.isfinite(amount), amount, 0) * self.values[best]
 
@@ -94,9 +83,16 @@ class Neurons:
         made = activation(z, self.act)
         return jnp.where(z > 0, made, 0) if self.gate == "hard" else made
 
+    def edits(self) -> np.ndarray:
+        """The numbers of the edits still held, ascending."""
+        return owners(self.owner)
+
     def without(self, edits: Collection[int], how: Literal["delete", "mask"] = "delete") -> Neurons:
         """Edits withdrawn, by their numbers. "delete" takes their neurons away. "mask" sets their values to zero
-        (published): such a neuron can still be the one that fires most, and then keeps others from answering."""
+        (published): such a neuron can still be the one that fires most, and then keeps others from answering.
+
+        Raises JaxEditError naming edits that are not held.
+        """
         gone = withdrawn(self.owner, edits)
         if how == "mask":
             return dataclasses.replace(self, values=jnp.where(gone[:, None], 0, self.values))
@@ -116,12 +112,3 @@ def standardised(x: jax.Array) -> jax.Array:
 
 def _product(x, w):
     return jnp.matmul(x, w, precision="highest")
-
-
-def mlp_entry(params: Params, config: ModelConfig, tokens, context: Context, index: int):
-    """What the MLP of layer `index` reads, and the stream that its output is added to, ``[b, s, d_model]``."""
-    h = run(params, config, embed(params, config, tokens, context), context, 0, index)
-    p = layer(params, index)
-    attended = attention(p, config, h, context, window_of(config, index))[0]
-    stream = h + attention_added(p, config, attended)
-    return mlp_input(p, config, h, stream), stream

@@ -22,7 +22,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxedit.adapters.ireva_neurons import Neurons, mlp_entry, standardised
+from jaxedit.adapters.ireva_neurons import Neurons, standardised
+from jaxedit.adapters.training import mlp_entry
 from jaxedit.data.tokens import EditTokens, encode
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.batching import MIN_LENGTH, bucket, pad
@@ -116,8 +117,8 @@ def retrofit(
     counts = np.asarray([len(edit.target) for edit in edits])
     starts = np.cumsum(counts) - counts
     base = int(np.flatnonzero(np.asarray(state.owner) >= 0)[-1]) + 1 - len(keys)
-    losses = np.zeros((len(edits), settings.steps, 3))
-    crosstalk = np.zeros(len(edits))
+    losses = np.zeros((len(edits), settings.steps, 3), np.float32)
+    crosstalk = np.zeros(len(edits), np.float32)
     kept, frozen = (state.keys, state.values), dataclasses.replace(state, keys=keys[:0], values=keys[:0])
     for begin in range(0, len(edits), settings.together):
         some = range(begin, min(begin + settings.together, len(edits)))

@@ -18,19 +18,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxedit.adapters.codebook import decide_at_ends, drawn, nearest, room, widened
+from jaxedit.adapters.codebook import decide_at_ends, drawn, nearest, widened
 from jaxedit.adapters.melo_index import CASES, Index
-from jaxedit.adapters.training import (
-    TOKENS,
-    Answers,
-    answer_batches,
-    answers,
-    at_ends,
-    descend,
-    into,
-    nll_above,
-    tokenised,
-)
+from jaxedit.adapters.rows import FREE, ROOM, at_prompts, check_held, owners, read_last, rounding
+from jaxedit.adapters.settings import check_goes_on
+from jaxedit.adapters.training import TOKENS, Answers, answers, descend, mlp_entry, nll_above, tokenised
+from jaxedit.config import _check
 from jaxedit.data.tokens import EditTokens
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.batching import MIN_LENGTH, bucket
@@ -38,7 +31,7 @@ from jaxedit.layer_loop import Progress
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import wide
 from jaxedit.models.sites import Seen, Site
-from jaxedit.models.transformer import Context, Decoder, embed, layer, mlp_output, run
+from jaxedit.models.transformer import Context, Decoder, Params, embed, key_of_input, layer, mlp_output, run
 from jaxedit.types import EditRequest
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -61,8 +54,8 @@ class MeloState:
     """Clusters: centres ``[clusters, d_model]``, radii, labels (the target's tokens, -1 beyond them), live. Points:
     points ``[points, d_model]``, cluster (-1: free), block (-1: none), and owner, the edit that a point is of.
 
-    a ``[blocks, layers, d_ff, rank]``, b ``[blocks, layers, rank, d_model]``: the LoRA weights. count: how many edits
-    there were.
+    a ``[blocks, layers, d_ff, rank]``, b ``[blocks, layers, rank, d_model]``: the LoRA weights. given: how many edits
+    there were, those withdrawn included.
     """
 
     centres: jax.Array
@@ -73,7 +66,7 @@ class MeloState:
     cluster: jax.Array
     block: jax.Array
     owner: jax.Array
-    count: jax.Array
+    given: jax.Array
     a: jax.Array
     b: jax.Array
     index: int = dataclasses.field(metadata={"static": True})
@@ -118,17 +111,19 @@ class MeloState:
         more = lax.switch(which, (lambda _: none, by_row, by_token), None)
         return jnp.where((decision >= 0)[..., None], (out + self.scale * more).astype(out.dtype), out)
 
-    def without(self, edits: Collection[int]) -> MeloState:
-        """The index without some edits, by their numbers. Where the points of an edit lay, no block is used any more,
-        and a cluster without any is dropped; other clusters, and blocks that other edits share, stay as they are.
+    def edits(self) -> np.ndarray:
+        """The numbers of the edits still held, ascending. A split forgets the points that it leaves outside."""
+        return owners(self.owner)
 
-        Raises JaxEditError where there is no such edit.
+    def without(self, edits: Collection[int]) -> MeloState:
+        """Edits withdrawn, by their numbers. Where the points of an edit lay, no block is used any more, and a cluster
+        without any is dropped; other clusters, and blocks that other edits share, stay as they are.
+
+        Raises JaxEditError naming edits that are not held.
         """
+        check_held(edits, self.edits())
         index = Index.of(self)
-        unknown = sorted(set(edits) - set(range(index.count)))
-        if unknown:
-            raise JaxEditError(f"there are no edits {unknown}; the index has had edits 0 to {index.count - 1}")
-        for edit in sorted(edits):
+        for edit in edits:
             index.withdraw(edit)
         return dataclasses.replace(self, **index.arrays())
 
@@ -164,7 +159,7 @@ class _Training:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Melo:
-    """Settings.
+    """How inputs are clustered, and how blocks are trained.
 
     index: the layer whose MLP's output is the key; None: three quarters up. layers: those that get LoRA weights, on
     the MLP's second projection; None: the two above the index.
@@ -192,15 +187,13 @@ class Melo:
 
     def __post_init__(self):
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(sorted(self.layers)))
-        whole = {"rank": self.rank, "batch": self.batch, "steps": self.steps, "halve_every": self.halve_every}
-        for name, value in whole.items():
-            if value < 1:
-                raise JaxEditError(f"{name} must be at least 1, got {value}")
-        if self.radius < 0 or self.lr <= 0 or self.alpha <= 0:
-            raise JaxEditError(f"radius must be >= 0, lr and alpha > 0, got {self.radius}, {self.lr} and {self.alpha}")
+            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        positive = ("lr", "alpha") if self.spread is None else ("lr", "alpha", "spread")
+        _check(self, positive=positive, not_negative=("radius",))
+        if min(self.rank, self.batch, self.steps, self.halve_every) < 1:
+            raise JaxEditError("Melo.rank, batch, steps and halve_every must be at least 1")
 
-    def places(self, config: ModelConfig) -> tuple[int, tuple[int, ...]]:
+    def layers_in(self, config: ModelConfig) -> tuple[int, tuple[int, ...]]:
         """The index layer and the layers with LoRA weights. Raises JaxEditError where a model has no such layers."""
         n = config.n_layer
         index = max(0, 3 * n // 4 - 1) if self.index is None else self.index
@@ -215,8 +208,8 @@ class Melo:
     def empty(self, model: Decoder) -> MeloState:
         """An index without edits, for a model."""
         config, dtype = model.config, wide(model.dtype)
-        (index, layers), n = self.places(config), room(0)
-        vectors, free = jnp.zeros((n, config.d_model), dtype), jnp.full(n, -1, jnp.int32)
+        (index, layers), n = self.layers_in(config), ROOM
+        vectors, free = jnp.zeros((n, config.d_model), dtype), jnp.full(n, FREE, jnp.int32)
         return MeloState(
             centres=vectors,
             radii=jnp.zeros(n, dtype),
@@ -226,7 +219,7 @@ class Melo:
             cluster=free,
             block=free,
             owner=free,
-            count=jnp.zeros((), jnp.int32),
+            given=jnp.zeros((), jnp.int32),
             a=jnp.zeros((n, len(layers), config.d_ff, self.rank), dtype),
             b=jnp.zeros((n, len(layers), self.rank, config.d_model), dtype),
             index=index,
@@ -244,26 +237,24 @@ class Melo:
         seed: int = 0,
         on_progress: Progress | None = None,
     ) -> tuple[MeloState, dict[str, np.ndarray]]:
-        """Take in requests, batch after batch, and train each batch's block.
+        """Clusters for `requests`, `batch` of them after the other, behind those of `state`; then each batch's block.
 
-        model: the host, without adapters. state: the index to go on from. seed: of A, with the number of the block's
-        first edit. Returns the index and, of each request, "case", one of 0 new, 1 split, 2 joined, 3 overwritten;
-        "block"; and "losses" ``[n, steps]``, its block's mean loss before each step.
+        model: without adapters. seed: of A, with the number of the block's first edit. on_progress is told of "keys"
+        and "blocks". Returns the index, and of each edit ``case [n]``: 0 new, 1 split, 2 joined, 3 overwritten; ``block
+        [n]``; and ``losses [n, steps]``, its block's mean loss before each step.
 
-        Raises RequestError where a request cannot be carried out, JaxEditError where the settings do not fit the
-        model or the state.
+        Vectors and blocks are float32 (float64 for a float64 model), whatever the dtype of the weights.
+        Raises RequestError naming every request that cannot be carried out, JaxEditError where the settings do not fit
+        the model or the state.
         """
         empty = self.empty(model)
-        _check_fits(state, empty)
+        check_goes_on(state, empty)
         state = empty if state is None else state
         edits = tokenised(model, tokenizer, requests)
         longest = -(-max(len(e.target) for e in edits) // 4) * 4
         index = Index.of(state, len(edits), longest)
-        first = index.count
-        queries = np.zeros((len(edits), model.config.d_model), index.centres.dtype)
-        for batch, rows in answer_batches(edits):
-            found = _queries(model.params, model.config, rows, empty.index)
-            queries[batch.index] = np.asarray(found[: len(batch.index)])
+        first, noise = index.given, rounding(model.dtype)
+        queries = np.concatenate(read_last(_queries, model, at_prompts(edits), empty.index, on_progress=on_progress))
         labels = np.full((len(edits), index.labels.shape[1]), -1, np.int32)
         for i, edit in enumerate(edits):
             labels[i, : len(edit.target)] = edit.target
@@ -271,9 +262,9 @@ class Melo:
         cases, blocks = [], []
         for group in groups:
             blocks.append(index.free_block())
-            cases += index.insert_batch(queries[group], labels[group], self.radius, blocks[-1])
+            cases += index.insert_batch(queries[group], labels[group], self.radius, blocks[-1], noise)
         a, b, losses = self._train(model, edits, groups, empty, seed, first, on_progress)
-        rows = room(max(blocks) + 1)
+        rows = bucket(max(blocks) + 1, ROOM)
         a_all, b_all = (widened(np.asarray(x), rows, 0) for x in (state.a, state.b))
         a_all[blocks], b_all[blocks] = a, b
         each = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
@@ -301,7 +292,7 @@ class Melo:
             members = np.concatenate([np.resize(groups[i], self.batch) for i in here])
             real = np.concatenate([np.arange(self.batch) < len(groups[i]) for i in here])
             rows = answers([edits[i] for i in members], length, most)
-            found = _train_blocks(model.params, config, rows, real, a[here], self, empty.index, empty.layers)
+            found = _train_blocks(model.params, config, rows, real, a[here], self, empty.layers)
             some = slice(at, min(at + lanes, n))
             a[some], b[some], losses[some] = (np.asarray(x)[: some.stop - at] for x in found)
             if on_progress is not None:
@@ -309,27 +300,14 @@ class Melo:
         return a, b, losses
 
 
-def _check_fits(state: MeloState | None, empty: MeloState):
-    if state is None:
-        return
-    for name in ("index", "layers", "scale"):
-        if getattr(state, name) != getattr(empty, name):
-            raise JaxEditError(
-                f"the index to go on from has {name}={getattr(state, name)!r}, the settings {getattr(empty, name)!r}"
-            )
-    if state.a.shape[1:] != empty.a.shape[1:] or state.b.shape[1:] != empty.b.shape[1:]:
-        raise JaxEditError("the blocks to go on from are of another rank, or of a model of other widths")
+def _queries(params: Params, config: ModelConfig, tokens, context: Context, index: int):
+    """The MLP's output at every token, ``[b, s, d_model]``."""
+    p = layer(params, index)
+    return mlp_output(p, key_of_input(p, config, mlp_entry(params, config, tokens, context, index)[0]))
 
 
-@partial(jax.jit, static_argnames=("config", "index"))
-def _queries(params, config: ModelConfig, rows: Answers, index: int):
-    """The MLP's output ``[n, d_model]`` at the prompts' last tokens."""
-    _, _, key = into(params, config, rows, index)
-    return mlp_output(layer(params, index), at_ends(key, rows))
-
-
-@partial(jax.jit, static_argnames=("config", "settings", "index", "layers"))
-def _train_blocks(params, config: ModelConfig, rows: Answers, real, a, settings: Melo, index: int, layers):
+@partial(jax.jit, static_argnames=("config", "settings", "layers"))
+def _train_blocks(params, config: ModelConfig, rows: Answers, real, a, settings: Melo, layers):
     """A ``[lanes, layers, d_ff, rank]`` and B, trained on the lanes' rows, and the losses ``[lanes, steps]``."""
     lanes = len(a)
     h = run(params, config, embed(params, config, rows.tokens, rows.context), rows.context, 0, layers[0])

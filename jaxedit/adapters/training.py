@@ -24,7 +24,6 @@ from jaxedit.models.transformer import (
     attention,
     attention_added,
     embed,
-    key_of_input,
     layer,
     mlp_input,
     run,
@@ -86,14 +85,13 @@ def answers(edits: Sequence[EditTokens], length: int, most: int) -> Answers:
     return Answers(*map(jnp.asarray, (tokens, mask, ends, asks, targets, real)))
 
 
-def into(params: Params, config: ModelConfig, rows: Answers, index: int):
-    """What a layer makes of rows: the stream, its MLP's input, and its key."""
-    h = run(params, config, embed(params, config, rows.tokens, rows.context), rows.context, 0, index)
+def mlp_entry(params: Params, config: ModelConfig, tokens, context: Context, index: int):
+    """What the MLP of layer `index` reads, and the stream that its output is added to, ``[b, s, d_model]``."""
+    h = run(params, config, embed(params, config, tokens, context), context, 0, index)
     p = layer(params, index)
-    attended, _, _ = attention(p, config, h, rows.context, window_of(config, index))
+    attended = attention(p, config, h, context, window_of(config, index))[0]
     stream = h + attention_added(p, config, attended)
-    x = mlp_input(p, config, h, stream)
-    return stream, x, key_of_input(p, config, x)
+    return mlp_input(p, config, h, stream), stream
 
 
 def at_ends(x, rows: Answers):

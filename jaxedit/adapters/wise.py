@@ -21,19 +21,21 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxedit.adapters.codebook import room
 from jaxedit.adapters.merging import MERGES
-from jaxedit.adapters.training import Answers, answers, descend, into, nll_above, tokenised
+from jaxedit.adapters.rows import ROOM, check_held
+from jaxedit.adapters.settings import check_goes_on, check_one_layer, chosen_layer
+from jaxedit.adapters.training import Answers, answers, descend, mlp_entry, nll_above, tokenised
 from jaxedit.adapters.wise_memories import Shelf
+from jaxedit.config import _check, _check_choice
 from jaxedit.data.templates import sample_templates
 from jaxedit.data.tokens import CLEAN, EditTokens, Row, encode
-from jaxedit.errors import JaxEditError
+from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.batching import MIN_LENGTH, bucket
 from jaxedit.layer_loop import Progress
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import activation, wide
 from jaxedit.models.sites import Seen, Site, at_prompt_end
-from jaxedit.models.transformer import Context, Decoder, after_mlp, layer, mlp_output
+from jaxedit.models.transformer import Context, Decoder, Params, after_mlp, key_of_input, layer, mlp_output
 from jaxedit.targets.anchor_step import safe_norm
 from jaxedit.types import EditRequest
 
@@ -42,11 +44,11 @@ STEADY, SMALL = 1e-4, 0.02  # an edit is done when its loss changes by no more t
 TEXTS = 5  # contexts of each length
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "gpt2-xl": {"layer": 8, "steps": 40, "act_ratio": 0.8},
-    "gpt-j-6b": {"layer": 21, "outside": 15.0, "inside": 40.0, "between": 20.0},
-    "llama-2-7b": {"layer": 27},
-    "mistral-7b": {"layer": 27},
-    "llama-3-8b": {"layer": 29, "lr": 0.9, "steps": 30, "outside": 2.0, "act_ratio": 0.5},
+    "gpt2-xl": {"layers": (8,), "steps": 40, "act_ratio": 0.8},
+    "gpt-j-6b": {"layers": (21,), "outside": 15.0, "inside": 40.0, "between": 20.0},
+    "llama-2-7b": {"layers": (27,)},
+    "mistral-7b": {"layers": (27,)},
+    "llama-3-8b": {"layers": (29,), "lr": 0.9, "steps": 30, "outside": 2.0, "act_ratio": 0.5},
 }
 
 
@@ -56,7 +58,7 @@ class WiseState:
     """The side memories. deltas ``[memories, d_ff, d_model]``, zero where there is none; least ``[memories]``, the
     smallest distance that an edit was left at (infinite without edits); seeds, of the entries that are trained;
     merged, whether a memory is made of several shards. memory: int32 ``[edits]``, the memory of each edit, -1 where it
-    was withdrawn. count: how many edits there were.
+    was withdrawn. given: how many edits there were, those withdrawn included.
     """
 
     deltas: jax.Array
@@ -64,8 +66,8 @@ class WiseState:
     seeds: jax.Array
     merged: jax.Array
     memory: jax.Array
-    count: jax.Array
-    layer: int = dataclasses.field(metadata={"static": True})
+    given: jax.Array
+    layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     act_ratio: float = dataclasses.field(metadata={"static": True})
     measure: Measure = dataclasses.field(metadata={"static": True})
     act: str = dataclasses.field(metadata={"static": True})
@@ -74,12 +76,8 @@ class WiseState:
     asks_at: ClassVar[Site] = "mlp_out"
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
-
-    @property
     def asks(self) -> int:
-        return self.layer
+        return self.layers[0]
 
     def decide(self, seen: Seen, context: Context, carried):
         """The memory of each token's prompt, -1 for none, and what it adds to the token."""
@@ -102,17 +100,18 @@ class WiseState:
         assert seen.mlp_out is not None
         return jnp.where((known >= 0)[..., None], (seen.mlp_out + added).astype(seen.mlp_out.dtype), seen.mlp_out)
 
-    def without(self, edits: Collection[int]) -> WiseState:
-        """The memories without some edits, by their numbers. Edits of one memory share all its entries: they can only
-        go together.
+    def edits(self) -> np.ndarray:
+        """The numbers of the edits still held, ascending."""
+        return np.flatnonzero(np.asarray(self.memory) >= 0)
 
-        Raises JaxEditError where there is no such edit, or where others are left in its memory.
+    def without(self, edits: Collection[int]) -> WiseState:
+        """Edits withdrawn, by their numbers. Edits of one memory share all its entries: they can only go together.
+
+        Raises JaxEditError naming edits that are not held, and others that are left in the memories.
         """
+        check_held(edits, self.edits())
         memory, chosen = np.array(self.memory), set(edits)
-        unknown = sorted(chosen - set(range(int(self.count))))
-        if unknown:
-            raise JaxEditError(f"there are no edits {unknown}; there were edits 0 to {int(self.count) - 1}")
-        gone = sorted({int(memory[e]) for e in chosen} - {-1})
+        gone = sorted({int(memory[e]) for e in chosen})
         left = [e for e in np.flatnonzero(np.isin(memory, gone)).tolist() if e not in chosen]
         if left:
             raise JaxEditError(f"edits {left} are in the same memories; withdraw them too, and edit again what is kept")
@@ -142,9 +141,9 @@ def _distance(moved, out, measure: Measure, act: str):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wise:
-    """Settings.
+    """How edits are trained into memories, and when these are used.
 
-    layer: of the second projection; None: 27 parts of 32 up, as published for Llama-2-7B.
+    layers: the one layer of the second projection; None: 27 parts of 32 up, as published for Llama-2-7B.
     share: of the entries that a shard trains, drawn at random. lr, steps: of plain gradient descent, at most, for each
     edit. limit: the largest size of an entry of D.
     outside, inside, between: the margins α, β and γ of how far an unrelated text may be moved, how far an edit's must
@@ -154,13 +153,13 @@ class Wise:
     save_every, merge_every: edits in a shard, and edits after which full shards are merged. merge, density: how, or
     "none", and the share of a shard's entries that is kept.
     contexts: lengths in tokens of the texts, five of each, that the model is sampled for and prompts are put after.
-    unrelated: texts for edits that come without a neighbourhood prompt, which is used where there is one.
+    unrelated: texts that no edit is about, one an edit in turn. (Neighbourhood prompts are for evaluation alone.)
     """
 
     name: ClassVar[str] = "wise"
     separable: ClassVar[bool] = False  # whether one edit can be withdrawn from what was added
 
-    layer: int | None = None
+    layers: tuple[int, ...] | None = None
     share: float = 0.2
     lr: float = 1.0
     steps: int = 70
@@ -175,31 +174,36 @@ class Wise:
     merge: Literal["ties", "slerp", "none"] = "ties"
     density: float = 0.53
     contexts: tuple[int, ...] = (5, 10)
-    unrelated: tuple[str, ...] = ("How many days are there in a leap year?", "Water freezes at a temperature of")
+    unrelated: tuple[str, ...] = (
+        "How many days are there in a leap year?",
+        "Water freezes at a temperature of",
+        "The opposite of slowly is",
+        "who wrote the first novel in english",
+        "She put the cup on the table and",
+        "What is the largest animal that lives in the sea?",
+        "def add(a, b): return",
+        "The recipe calls for two eggs and",
+    )
 
     def __post_init__(self):
         for name in ("contexts", "unrelated"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, known in (("measure", ("difference", "activation")), ("merge", (*MERGES, "none"))):
-            if getattr(self, name) not in known:
-                raise JaxEditError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("share", "density"):
-            if not 0 < getattr(self, name) <= 1:
-                raise JaxEditError(f"{name} must be more than 0 and at most 1, got {getattr(self, name)}")
-        if self.lr <= 0 or self.limit <= 0 or self.steps < 1 or self.act_ratio < 0 or not self.unrelated:
-            raise JaxEditError("lr and limit must be > 0, steps >= 1, act_ratio >= 0, and unrelated not empty")
+        check_one_layer(self)
+        _check_choice(self, "measure", ("difference", "activation"))
+        _check_choice(self, "merge", (*MERGES, "none"))
+        margins = ("outside", "inside", "between", "act_ratio")
+        _check(self, positive=("lr", "limit"), not_negative=margins, shares=("share", "density"))
+        if self.steps < 1 or not self.unrelated:
+            raise JaxEditError("Wise.steps must be at least 1, and Wise.unrelated must not be empty")
         if self.save_every < 1 or self.merge_every % self.save_every or self.merge_every < 2 * self.save_every:
             raise JaxEditError(
-                f"merge_every must be a multiple of save_every, and at least twice as much; got {self.merge_every} "
-                f"and {self.save_every}"
+                f"Wise.merge_every must be a multiple of save_every, and at least twice as much; got "
+                f"{self.merge_every} and {self.save_every}"
             )
 
-    def layer_of(self, config: ModelConfig) -> int:
-        """The layer in a model. Raises JaxEditError where it has no such layer."""
-        chosen = 27 * config.n_layer // 32 if self.layer is None else self.layer
-        if not 0 <= chosen < config.n_layer:
-            raise JaxEditError(f"layer {chosen} is out of range: the model has layers 0 to {config.n_layer - 1}")
-        return chosen
+    def layer_in(self, config: ModelConfig) -> int:
+        """The layer of the second projection. Raises JaxEditError where the model does not have it."""
+        return chosen_layer(self, config, 27 * config.n_layer // 32)
 
     def empty(self, model: Decoder) -> WiseState:
         """No side memory yet, for a model."""
@@ -209,9 +213,9 @@ class Wise:
             least=jnp.full(1, jnp.inf, dtype),
             seeds=jnp.zeros(1, jnp.int32),
             merged=jnp.zeros(1, bool),
-            memory=jnp.full(room(0), -1, jnp.int32),
-            count=jnp.zeros((), jnp.int32),
-            layer=self.layer_of(config),
+            memory=jnp.full(ROOM, -1, jnp.int32),
+            given=jnp.zeros((), jnp.int32),
+            layers=(self.layer_in(config),),
             act_ratio=self.act_ratio,
             measure=self.measure,
             act=config.act,
@@ -227,31 +231,31 @@ class Wise:
         seed: int = 0,
         on_progress: Progress | None = None,
     ) -> tuple[WiseState, dict[str, np.ndarray]]:
-        """Train requests into side memories, one after the other.
+        """Requests trained into memories, one after the other; the first into one of `state` that is not full.
 
-        model: the host, without adapters. state: the memories to go on from, of which one that is not full is gone on
-        with. seed: of contexts, and, with the number of its first edit, of a new memory's entries.
-        Returns the memories and, of each request, "steps", the updates made; "losses" ``[n, steps]`` before each (NaN
-        beyond them); and "distance", how far its prompt alone is moved when it is done.
+        model: without adapters. seed: of contexts, and, with the number of its first edit, of a new memory's entries.
+        on_progress is told of "edits".
+        Returns the memories, and of each edit ``steps [n]``, the updates made; ``losses [n, steps]`` before each (NaN
+        beyond them); and ``distance [n]``, how far its prompt alone is moved when it is done.
 
-        Raises RequestError where a request cannot be carried out, JaxEditError where the settings do not fit the
-        model or the state.
+        Memories are float32 (float64 for a float64 model), whatever the dtype of the weights.
+        Raises RequestError naming every request, or unrelated text, that does not fit the model, JaxEditError where the
+        settings do not fit the model or the state.
         """
         empty = self.empty(model)
-        if state is not None and (state.layer, state.deltas.shape[1:]) != (empty.layer, empty.deltas.shape[1:]):
-            raise JaxEditError(f"the memories to go on from are of layer {state.layer} or of a model of other widths")
+        check_goes_on(state, empty)
         state = empty if state is None else state
         groups = [sample_templates(model, tokenizer, seed, TEXTS, length)[1] for length in self.contexts]
         edits = tokenised(model, tokenizer, requests, (*CLEAN, *groups))
-        every = self._rows(tokenizer, requests, edits)
-        shelf, first = Shelf.of(state, len(edits)), int(state.count)
+        shelf, first = Shelf.of(state, len(edits)), int(state.given)
+        every = self._rows(edits, self._others(model, tokenizer), first)
         losses, steps = np.full((len(edits), self.steps), np.nan, np.float32), np.zeros(len(edits), np.int32)
         distance, entries = np.zeros(len(edits), np.float32), {}
         for i, rows in enumerate(every):
             at = shelf.open(self.save_every, seed + first + i)
             if at not in entries:
                 entries = {at: _entries(int(shelf.seeds[at]), shelf.deltas[at].shape, self.share)}
-            found = _write(model.params, model.config, rows, shelf.deltas[at], entries[at], self, empty.layer)
+            found = _write(model.params, model.config, rows, shelf.deltas[at], entries[at], self, empty.layers[0])
             shelf.deltas[at] = found[0]
             distance[i], losses[i], steps[i] = (np.asarray(x) for x in found[1:])
             shelf.least[at] = min(shelf.least[at], distance[i])
@@ -261,14 +265,21 @@ class Wise:
                 shelf.merge(self.merge, self.density, self.save_every, self.merge_every)
             if on_progress is not None:
                 on_progress("edits", i + 1, len(edits))
-        count = jnp.asarray(first + len(edits), jnp.int32)
-        made = dataclasses.replace(empty, **shelf.arrays(), count=count)
+        given = jnp.asarray(first + len(edits), jnp.int32)
+        made = dataclasses.replace(empty, **shelf.arrays(), given=given)
         return made, {"steps": steps, "losses": losses, "distance": distance}
 
-    def _rows(self, tokenizer, requests: Sequence[EditRequest], edits: Sequence[EditTokens]) -> list[Answers]:
+    def _others(self, model: Decoder, tokenizer) -> list[Row]:
+        rows = [Row(tuple(encode(tokenizer, text)[0]), 0) for text in self.unrelated]
+        most = model.config.max_positions
+        bad = [t for t, row in zip(self.unrelated, rows, strict=True) if not 0 < len(row.tokens) <= most]
+        if bad:
+            raise RequestError([f"unrelated text {t!r} does not fit the model, which takes 1 to {most}" for t in bad])
+        return rows
+
+    def _rows(self, edits: Sequence[EditTokens], others: Sequence[Row], first: int) -> list[Answers]:
         """Of each edit its prompt in every context, and one unrelated text; all of one shape."""
-        texts = [(*r.neighbourhood, self.unrelated[i % len(self.unrelated)])[0] for i, r in enumerate(requests)]
-        others = [Row(tuple(encode(tokenizer, text)[0]), 0) for text in texts]
+        others = [others[(first + i) % len(others)] for i in range(len(edits))]
         length = bucket(max(len(row.tokens) for e, o in zip(edits, others, strict=True) for row in (*e.contexts, o)))
         most = bucket(max(len(e.target) for e in edits))
         made = []
@@ -287,10 +298,11 @@ def _entries(seed, shape: tuple[int, int], share: float):
 
 
 @partial(jax.jit, static_argnames=("config", "settings", "index"))
-def _write(params, config: ModelConfig, rows: Answers, delta, entries, settings: Wise, index: int):
+def _write(params: Params, config: ModelConfig, rows: Answers, delta, entries, settings: Wise, index: int):
     """D after one edit, how far its first row is moved, losses, and the number of updates. The last is unrelated."""
-    stream, _, key = into(params, config, rows, index)
     p = layer(params, index)
+    x, stream = mlp_entry(params, config, rows.tokens, rows.context, index)
+    key = key_of_input(p, config, x)
     out = mlp_output(p, key)
     prompt = ((jnp.arange(out.shape[1]) <= rows.ends[:, None]) & (rows.mask > 0)).astype(delta.dtype)
     told = jax.tree.map(lambda x: x[:-1], rows)

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.adapters.codebook import room, widened
+from jaxedit.adapters.codebook import widened
 from jaxedit.adapters.merging import MERGES
+from jaxedit.adapters.rows import ROOM
+from jaxedit.evaluation.batching import bucket
 
 
 @dataclasses.dataclass
@@ -27,7 +29,7 @@ class Shelf:
     @classmethod
     def of(cls, state: Any, more: int) -> Shelf:
         rest = {name: np.array(getattr(state, name)) for name in ("least", "seeds", "merged", "memory")}
-        rest["memory"] = widened(rest["memory"], room(int(state.count) + more), -1)
+        rest["memory"] = widened(rest["memory"], bucket(int(state.given) + more, ROOM), -1)
         return cls(list(state.deltas), **rest)
 
     def edits(self, at: int) -> int:

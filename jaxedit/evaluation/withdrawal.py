@@ -22,10 +22,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxedit.adapters.rows import EVERYTHING, NOTHING, last_places
+from jaxedit.adapters.rows import EVERYTHING, NOTHING, asked, last_places
 from jaxedit.data.tokens import CLEAN, validate
 from jaxedit.errors import JaxEditError
-from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, chunk, pad
+from jaxedit.evaluation.batching import MIN_LENGTH, Batch, batches, bucket, chunk, pad
 from jaxedit.evaluation.comparison import Comparison
 from jaxedit.evaluation.report import Summary, harmonic_mean
 from jaxedit.models.config import ModelConfig
@@ -89,12 +89,14 @@ def evaluate_withdrawal(
 ) -> Withdrawal:
     """Withdraw each edit by itself, and ask for its target at its prompt.
 
-    adapter: which of the model's adapters holds the edits; request i is its edit ``first + i``. The model with none of
-    them is the same program with all of them withdrawn, so that logits can be the same bit for bit.
+    adapter: which of the model's adapters holds the edits; request i is its edit ``first + i``, which changes nothing
+    where it is not held any more. The model with none of them is the same program with all of them withdrawn, so that
+    logits can be the same bit for bit.
     withdraw: how to take edits out of an adapter, one after another; by default all at once, where the adapter can
     withhold another one from each row of a batch (`withholding`), else by its `without`.
 
-    Raises RequestError naming requests that do not fit the model, JaxEditError where the model has no such adapter.
+    Raises RequestError naming requests that do not fit the model, JaxEditError where the model has no such adapter, or
+    this one cannot withdraw an edit by itself.
     """
     adapters = model.params.get("adapters", ())
     if not -len(adapters) <= adapter < len(adapters):
@@ -102,12 +104,12 @@ def evaluate_withdrawal(
     if not requests:
         raise JaxEditError("there are no requests to evaluate")
     edits = validate(tokenizer, requests, CLEAN, model.config.max_positions)
-    rows = [(edit.contexts[0].tokens, len(edit.target)) for edit in edits]
+    rows = asked(edits)
     at, held, mesh = adapter % len(adapters), adapters[adapter], mesh_of(model.params)
     together = withdraw is None and hasattr(held, "withholding")
     take = withdraw or (lambda state, gone: state.without(gone))
-    owner = np.asarray(held.owner)
-    none = None if together else take(held, sorted(set(owner[owner >= 0].tolist())))
+    still = held.edits()
+    none = None if together else take(held, still.tolist())
 
     def params_with(state) -> Params:
         return {**model.params, "adapters": (*adapters[:at], state, *adapters[at + 1 :])}
@@ -117,14 +119,14 @@ def evaluate_withdrawal(
         made = batches(shapes, batch_tokens, data_shards(mesh))
     else:  # row by row, with one program for all
         longest, most = map(max, zip(*shapes, strict=True))
-        made = batches([(longest, most)] * len(rows), 1)
+        made = [Batch([i], data_shards(mesh), (longest, most)) for i in range(len(rows))]
     out: dict[str, np.ndarray] = {field.name: np.zeros(len(rows), bool) for field in dataclasses.fields(Withdrawal)}
     out["difference"] = np.zeros(len(rows))
     for batch in made:
         some, (length, width) = batch.take(rows), batch.shape
         own = np.asarray(batch.take(range(len(rows))), np.int32) + first
         choices = (np.full_like(own, EVERYTHING), np.full_like(own, NOTHING), own)
-        states = (held,) * 3 if together else (none, held, take(held, own[:1].tolist()))
+        states = (held,) * 3 if together else (none, held, take(held, np.intersect1d(own, still).tolist()))
         placed = place_rows((*pad([tokens for tokens, _ in some], length), last_places(some, width)), mesh)
         which = at if together else None
         h = [

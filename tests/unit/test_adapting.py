@@ -205,6 +205,6 @@ def test_a_ledger_of_neurons_is_editing_with_the_rest(host):
 def test_grace_with_other_settings_is_not_gone_on_with(host):
     model, tokenizer, requests = host
     first = je.apply_edits(model, tokenizer, requests[:1], Grace(steps=2))
-    with pytest.raises(JaxEditError, match="other settings|to go on from"):
+    with pytest.raises(JaxEditError, match="to go on from"):
         je.apply_edits(first, tokenizer, requests[1:], Grace(steps=2), layers=(1,))
     assert same(adapters_of(attach(model, *adapters_of(first.model)))[0], adapters_of(first.model)[0])

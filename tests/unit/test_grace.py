@@ -19,13 +19,14 @@ from helpers_adapters import (
 
 from jaxedit.adapters.codebook import Distances, decide_at_ends, nearest
 from jaxedit.adapters.grace import Grace, rounds
-from jaxedit.adapters.grace_book import GAP, SLACK, Book
+from jaxedit.adapters.grace_book import GAP, Book
 from jaxedit.data.requests import read_requests
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.generation import continue_rows
 from jaxedit.models.transformer import Context
 
-QUICK = Grace(layer=3, radius=0.5, steps=8, lr=0.5, include_query=True)
+ROUNDING = 1e-3
+QUICK = Grace(layers=(3,), radius=0.5, steps=8, lr=0.5, include_query=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +52,13 @@ def book_of(n: int, d: int) -> Book:
         row=free.copy(),
         resized=free.copy(),
         before=np.zeros(n, np.float32),
-        count=0,
+        given=0,
     )
 
 
 def insert_all(book: Book, queries, labels, radius=1.0) -> list[str]:
     distances = Distances(np.asarray(queries, np.float32), book.keys)
-    return [book.insert(np.asarray([y], np.int32), radius, i, distances)[0] for i, y in enumerate(labels)]
+    return [book.insert(np.asarray([y], np.int32), radius, i, distances, ROUNDING)[0] for i, y in enumerate(labels)]
 
 
 def oracle(queries, labels, radius):
@@ -72,7 +73,7 @@ def oracle(queries, labels, radius):
             radii[i] = apart[i] / 2 - 1e-5
             keys, radii, held = [*keys, q], [*radii, apart[i] / 2], [*held, y]
         elif apart[i] > radii[i]:
-            radii[i] = apart[i] * (1 + SLACK)
+            radii[i] = apart[i] + ROUNDING * np.sqrt(np.sum(q**2))
     return np.asarray(keys), np.asarray(radii), held
 
 
@@ -83,8 +84,8 @@ def oracle(queries, labels, radius):
         ((1.5, 0), 2, "split", [0.75 - GAP, 0.75]),
         ((0.5, 0), 2, "split", [0.25 - GAP, 0.25]),
         ((0.5, 0), 1, "inside", [1.0]),
-        ((1.5, 0), 1, "covered", [1.5 * (1 + SLACK)]),
-        ((2.0, 0), 1, "covered", [2.0 * (1 + SLACK)]),  # as far as both radii: still the close branch
+        ((1.5, 0), 1, "covered", [1.5 * (1 + ROUNDING)]),
+        ((2.0, 0), 1, "covered", [2.0 * (1 + ROUNDING)]),  # as far as both radii: still the close branch
         ((0.0, 0), 2, "overwritten", [1.0]),
     ],
 )
@@ -128,6 +129,15 @@ def test_a_ball_gets_back_its_radius_in_whatever_order_edits_go():
         for edit in order:
             book.withdraw(edit)
         assert book.radii[0] == 1 and book.owner.tolist() == [0] + [-1] * 7
+
+
+def test_a_replaced_edit_leaves_no_trace():
+    """The ball that it had split has its radius again, once the edit in its place is gone too."""
+    book = book_of(8, 2)
+    assert insert_all(book, [(1, 0), (2.5, 0), (2.5005, 0)], [1, 2, 3]) == ["new", "split", "overwritten"]
+    assert book.row[:3].tolist() == [0, -1, 1] and np.allclose(book.radii[:2], 0.75, atol=1e-3)
+    book.withdraw(2)
+    assert book.radii[0] == 1 and book.owner.tolist() == [0] + [-1] * 7
 
 
 def test_nearest_key_is_found_where_a_product_alone_would_err():
@@ -210,7 +220,7 @@ def test_a_withdrawn_edit_leaves_the_base_model_on_its_prompt(edited, llama):
     assert same_bits([x for i, x in enumerate(all_in) if i != 2], [x for i, x in enumerate(one_out) if i != 2])
     again, _ = QUICK.edit(model, tokenizer, [requests[2]], state=state.without([2]))
     assert again.owner[:5].tolist() == [0, 1, 5, 3, 4]
-    with pytest.raises(JaxEditError, match="no edits \\[7\\]"):
+    with pytest.raises(JaxEditError, match="edits \\[7\\] are not held"):
         state.without([7])
 
 
@@ -237,7 +247,7 @@ def test_padding_does_not_matter(edited, llama):
 def test_first_projection_and_last_token(tiny, goldens):
     model, tokenizer = tiny("tiny-gpt2")
     requests = read_requests(goldens / "tiny-gpt2" / "facts.json")[:2]
-    up = Grace(layer=3, linear="up", replace="last", steps=5, lr=0.5, start="warm")
+    up = Grace(layers=(3,), linear="up", replace="last", steps=5, lr=0.5, start="warm")
     state, traces = up.edit(model, tokenizer, requests)
     # A warm value is what the map says anyway: the first loss is the base model's
     rows, ends = prompts_of(tokenizer, requests)
@@ -264,6 +274,6 @@ def test_settings_that_make_no_sense_are_refused(llama):
     with pytest.raises(JaxEditError, match="include_query"):
         Grace(replace="last", include_query=True)
     with pytest.raises(JaxEditError, match="no effect"):
-        Grace(layer=5).empty(llama[0])
-    with pytest.raises(JaxEditError, match="layer=3"):
-        dataclasses.replace(QUICK, layer=2).edit(*llama[:2], llama[2][:1], state=QUICK.empty(llama[0]))
+        Grace(layers=(5,)).empty(llama[0])
+    with pytest.raises(JaxEditError, match="layers=.3,."):
+        dataclasses.replace(QUICK, layers=(2,)).edit(*llama[:2], llama[2][:1], state=QUICK.empty(llama[0]))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxedit.adapters.ireva import IReVa
-from jaxedit.adapters.ireva_neurons import mlp_entry
 from jaxedit.adapters.ireva_retrofit import out_of_scope
 from jaxedit.adapters.rows import where_wanted
+from jaxedit.adapters.training import mlp_entry
 from jaxedit.data.tokens import CLEAN, validate
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.batching import pad
@@ -51,8 +51,8 @@ def edited(tiny):
     model, tokenizer = tiny("tiny-gpt2")
     state, trace = SETTINGS.edit(model, tokenizer, REQUESTS)
     edits = validate(tokenizer, REQUESTS, CLEAN, 128)
-    assert trace["neurons"].tolist() == [len(e.target) for e in edits]
-    assert max(trace["neurons"]) > 2
+    assert trace["rows"].tolist() == [len(e.target) for e in edits]
+    assert max(trace["rows"]) > 2
     return model, tokenizer, state, edits
 
 

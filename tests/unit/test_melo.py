@@ -9,13 +9,15 @@ import pytest
 from helpers_adapters import greedy, logits, prompts_of, same_bits, target_nll, with_adapters
 
 from jaxedit.adapters.melo import Melo
-from jaxedit.adapters.melo_index import GAP, SLACK, Index
+from jaxedit.adapters.melo_index import GAP, Index
+from jaxedit.adapters.rows import owners
 from jaxedit.data.requests import read_requests
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.generation import continue_rows
 from jaxedit.models.sites import Seen
 from jaxedit.models.transformer import Context
 
+ROUNDING = 1e-3
 QUICK = Melo(index=2, layers=(3, 5), radius=1e-3, batch=2, steps=20, lr=0.02)
 
 
@@ -41,12 +43,13 @@ def index_of(n: int, d: int) -> Index:
         cluster=free.copy(),
         block=free.copy(),
         owner=free.copy(),
-        count=0,
+        given=0,
     )
 
 
 def insert(index: Index, queries, labels, radius, block) -> list[str]:
-    return index.insert_batch(np.asarray(queries, np.float32), np.asarray(labels, np.int32)[:, None], radius, block)
+    queries, labels = np.asarray(queries, np.float32), np.asarray(labels, np.int32)[:, None]
+    return index.insert_batch(queries, labels, radius, block, ROUNDING)
 
 
 def oracle(batches, radius):
@@ -64,7 +67,7 @@ def oracle(batches, radius):
                 held = [*clusters[i][3], (q, t)]
                 centre = np.mean([p for p, _ in held], 0)
                 widest = max(np.linalg.norm(p - centre) for p, _ in held)
-                clusters[i] = [centre, max(radius, widest * (1 + SLACK)), y, held]
+                clusters[i] = [centre, max(radius, widest + ROUNDING * np.linalg.norm(q)), y, held]
             else:
                 centre, _, label, held = clusters[i]
                 inner = near[i] / 2 - 1e-5
@@ -149,7 +152,7 @@ def test_a_withdrawn_edit_leaves_the_base_model_on_its_prompt(edited, llama):
     )
     assert np.array_equal(base[1], out[1]) and not np.array_equal(base[1], all_in[1])
     assert same_bits([x for i, x in enumerate(all_in) if i != 1], [x for i, x in enumerate(out) if i != 1])
-    with pytest.raises(JaxEditError, match="no edits \\[9\\]"):
+    with pytest.raises(JaxEditError, match="edits \\[9\\] are not held"):
         state.without([9])
 
 
@@ -161,6 +164,19 @@ def test_a_point_withdrawn_from_a_cluster_asks_for_no_block():
     assert index.block[:2].tolist() == [0, -1] and index.live[0]
     index.withdraw(0)
     assert not index.live.any() and (index.cluster < 0).all()
+
+
+def test_an_edit_made_again_takes_its_points_place():
+    """Also where there is one without a block: the nearest of two in one place would be the earlier."""
+    index = index_of(8, 1)
+    insert(index, [[1.0]], [1], 1.0, 0)
+    insert(index, [[1.5]], [1], 1.0, 1)
+    index.withdraw(0)
+    assert insert(index, [[1.0]], [1], 1.0, 2) == ["joined"]
+    assert insert(index, [[1.5]], [1], 1.0, 3) == ["joined"]
+    rows = index.cluster == 0
+    assert sorted(zip(index.points[rows, 0].tolist(), index.block[rows].tolist(), strict=True)) == [(1.0, 2), (1.5, 3)]
+    assert owners(index.owner).tolist() == [2, 3]
 
 
 def test_rows_of_a_mixed_batch_use_their_own_blocks(edited, llama):

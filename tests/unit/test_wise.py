@@ -18,7 +18,7 @@ from jaxedit.models.sites import Seen
 from jaxedit.models.transformer import Context
 
 QUICK = Wise(
-    layer=3,
+    layers=(3,),
     steps=25,
     lr=0.3,
     limit=0.5,
@@ -54,8 +54,8 @@ def state_of(deltas, least, **fields) -> WiseState:
         seeds=jnp.arange(n),
         merged=jnp.zeros(n, bool),
         memory=jnp.full(8, -1, jnp.int32),
-        count=jnp.zeros((), jnp.int32),
-        layer=0,
+        given=jnp.zeros((), jnp.int32),
+        layers=(0,),
         **made,
     )
 
@@ -188,7 +188,7 @@ def test_going_on_fills_the_shard_and_merges(edited, llama):
     model, tokenizer, requests = llama
     state, _ = QUICK.edit(model, tokenizer, requests[3:], state=edited[0])
     assert state.memory[:4].tolist() == [0, 0, 0, 0] and state.merged.tolist() == [True, False]
-    assert not np.asarray(state.deltas[1]).any() and int(state.count) == 4
+    assert not np.asarray(state.deltas[1]).any() and int(state.given) == 4
     alone = np.asarray(_entries(0, state.deltas.shape[1:], QUICK.share)) & ~np.asarray(
         _entries(2, state.deltas.shape[1:], QUICK.share)
     )
@@ -217,4 +217,4 @@ def test_settings_that_make_no_sense_are_refused(llama):
     with pytest.raises(JaxEditError, match="merge must be"):
         Wise(merge="mean")  # pyright: ignore
     with pytest.raises(JaxEditError, match="out of range"):
-        Wise(layer=6).empty(llama[0])
+        Wise(layers=(6,)).empty(llama[0])
