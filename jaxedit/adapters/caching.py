@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxedit.adapters.codebook import relative_squares
 from jaxedit.adapters.rows import Asked, append, in_use, latest_best, read_last, where_wanted, withdrawn
 from jaxedit.data.tokens import CLEAN, encode, validate
 from jaxedit.errors import JaxEditError, RequestError
@@ -182,8 +183,7 @@ class Cache:
     def found(self, key: jax.Array, index: jax.Array) -> jax.Array:
         """The tokens ``[q]`` stored near ``key [q, d_model]``, -1 where none is, in rows ``index [q]`` of a batch."""
         used = in_use(self.owner, None if self.withheld is None else self.withheld[index])
-        size = jnp.sum(self.keys * self.keys, -1)
-        near = 2 * jnp.matmul(key, self.keys.T, precision="highest") - size
+        near = -relative_squares(key, self.keys)
         square = jnp.sum(key * key, -1, keepdims=True)
         best = latest_best(jnp.where(used, near, -jnp.inf), scale=square * 0.1)
         away = jnp.linalg.norm(key - self.keys[best], axis=-1)
