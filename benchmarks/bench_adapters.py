@@ -2,11 +2,12 @@
 
     python benchmarks/bench_adapters.py --out benchmarks/results/adapters.json
 
-Adapters with and without take turns in one process, token by token, on the same forced tokens; what counts is the
-median of the ratios of neighbours. Decode steps and the pass over the prompt are measured apart. The model has
-GPT-2-XL's sizes and random weights, and adapters hold random keys: what they cost does not depend on what they hold.
-An edit has 2.69 tokens in its target, as in zsRE, and so as many neurons of iReVa and rows of the cache, but one row of
-GRACE. As published iReVa takes 4.6 % more time at 10,000 edits (Table 6, an A100, the whole call).
+`generate_tokens` runs with and without them in turns in one process, for one token, which is the pass over the prompt,
+and for more, whose difference is the decode steps; what counts is the median of the ratios of neighbours. The model
+has GPT-2-XL's sizes and random weights, and adapters hold random keys, none of which is hit: both say the same tokens,
+and what an adapter costs does not depend on what it holds. An edit has 2.69 tokens in its target, as in zsRE, and so as
+many neurons of iReVa and rows of the cache, but one row of GRACE. As published iReVa takes 4.6 % more time for 256
+tokens after the first at 10,000 edits (Table 6, on an A100).
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from functools import partial
 
 import numpy as np
 from harness import Side, arguments, parse
 from records import Record, Results, Timing
 from workload import random_decoder, shape
 
-FULL = {"shape": "gpt2-xl", "edits": (100, 1000, 10000), "repeats": 40, "passes": 12, "batches": (1, 8)}
-QUICK = {"shape": "tiny", "edits": (100, 1000), "repeats": 4, "passes": 2, "batches": (1, 2)}
+FULL = {"shape": "gpt2-xl", "edits": (100, 1000, 10000), "repeats": 12, "tokens": 8, "batches": (1,)}
+QUICK = {"shape": "tiny", "edits": (100, 1000), "repeats": 3, "tokens": 24, "batches": (1, 2)}
 KINDS = ("none", "iReVa", "GRACE", "cache")
 TOKENS = 2.69  # of a target
+CALL = 256  # tokens of a call, as published
 QUESTION = "How much longer does inference take with adapters?"
 
 
@@ -68,7 +69,8 @@ def adapter(kind: str, model, edits: int, room: int = 0):
     columns = {"keys": drawn(n, config.d_model), "owner": owner}
     given = jnp.asarray(edits, jnp.int32)
     if kind == "cache":
-        columns = append(None, columns | {"tokens": jnp.zeros(n, jnp.int32)})
+        squares = jnp.sum(columns["keys"] ** 2, -1)
+        columns = append(None, columns | {"squares": squares, "tokens": jnp.zeros(n, jnp.int32)})
         last = config.n_layer - 1
         return Cache(**columns, radius=jnp.ones(()), given=given, layers=(last,), asks=last), n, len(columns["owner"])
     s = IReVa()
@@ -88,70 +90,41 @@ def jax_tasks(backend, name: str, dtype: str, length: int):
     import jax
     import jax.numpy as jnp
 
-    from jaxedit.models.transformer import Context, Past, embed, run_and_keep, unembed
+    from jaxedit.evaluation.generation import generate_tokens
 
     model = random_decoder(shape(name), dtype)
     config, params = model.config, model.params
-    chance = np.random.default_rng(0)
 
-    @partial(jax.jit, static_argnames="room")
-    def prefill(params, tokens, room: int):
-        """Logits after prompts ``[b, s]``, and a cache with room for more tokens; as in `jaxedit.generate`."""
-        context = Context.of_mask(jnp.ones_like(tokens)).as_prompts()
-        h, past = run_and_keep(params, config, embed(params, config, tokens, context), context, 0, config.n_layer)
-        k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]) for x in (past.k, past.v))
-        return unembed(params, config, h[:, -1]), (k, v, past.carried)
-
-    @partial(jax.jit, donate_argnames="kept")
-    def decode(params, token, at, kept):
-        """Logits after one more token a row ``[b, 1]``, which stands at place `at`, and the cache with it."""
-        (k, v, carried), b = kept, len(token)
-        slots = jnp.arange(k.shape[2], dtype=jnp.int32)[None]
-        here = Context(jnp.full((b, 1), at), jnp.ones((b, 1), jnp.int32)).ending(jnp.full(b, -1))
-        there = Context(*(jnp.broadcast_to(x, (b, k.shape[2])) for x in (slots, (slots < at).astype(jnp.int32))))
-        h = embed(params, config, token, here)
-        h, new = run_and_keep(params, config, h, here, 0, config.n_layer, Past(k, v, there, carried))
-        k, v = (jax.lax.dynamic_update_slice_in_dim(old, one, at, 2) for old, one in ((k, new.k), (v, new.v)))
-        return unembed(params, config, h[:, 0]), (k, v, new.carried)
-
-    def timed(function, *given):
-        start = time.perf_counter()
-        made = jax.block_until_ready(function(*given))
-        return time.perf_counter() - start, made
-
-    def turns(repeats: int, call):
-        """Seconds ``[2, repeats]`` of ``call(which, i)``, without and with; which goes first alternates."""
-        found = np.zeros((2, repeats))
-        for i in range(repeats):
-            for which in (0, 1) if i % 2 else (1, 0):
-                found[which, i] = call(which, i)
-        return found.tolist()
-
-    def measure(kind: str, edits: int, batch: int, repeats: int, passes: int, room: int = 0):
+    def measure(kind: str, edits: int, batch: int, tokens: int, repeats: int, room: int = 0):
         made, used, held = (None, 0, 0) if kind == "none" else adapter(kind, model, edits, room)
         sides = (params, params if made is None else {**params, "adapters": (made,)})
-        prompt = chance.integers(config.vocab, size=(batch, length)).astype(np.int32)
-        forced = chance.integers(config.vocab, size=(repeats + 3, batch, 1)).astype(np.int32)
-        kept = [prefill(side, prompt, room=len(forced))[1] for side in sides]
+        prompt = np.random.default_rng(0).integers(config.vocab, size=(batch, length)).astype(np.int32)
 
-        def step(which: int, i: int) -> float:
-            seconds, (_, kept[which]) = timed(decode, sides[which], forced[i], np.int32(length + i), kept[which])
-            return seconds
+        def timed(which: int, new: int):
+            start = time.perf_counter()
+            said, _ = jax.block_until_ready(generate_tokens(sides[which], config, prompt, np.ones_like(prompt), new))
+            return time.perf_counter() - start, np.asarray(said)
 
-        for i in range(3):
-            step(0, i), step(1, i)
-        decoding = turns(repeats, lambda which, i: step(which, i + 3))
-        del kept
-        once = partial(prefill, room=len(forced))
-        prefilling = turns(passes, lambda which, i: timed(once, sides[which], prompt)[0])
-        return {"used": used, "held": held, "decode": decoding, "prefill": prefilling}
+        found = {stage: np.zeros((2, repeats)) for stage in ("prefill", "call")}
+        for i in range(-1, repeats):  # the first compiles
+            said: dict = {}
+            for stage, new in (("prefill", 1), ("call", 1 + tokens)):
+                for which in (0, 1) if i % 2 else (1, 0):
+                    found[stage][which, i], said[which, stage] = timed(which, new)
+            assert all(np.array_equal(said[0, stage], said[1, stage]) for stage in found), "an edit was hit"
+        decode = (found["call"] - found["prefill"]) / tokens
+        return {"used": used, "held": held, "decode": decode.tolist(), "prefill": found["prefill"].tolist()}
 
     def about():
         """Bytes of the weights, and bytes a second at which they can be read."""
         total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
         widest = max(jax.tree.leaves(params), key=lambda x: x.nbytes)
-        best = min(timed(total, widest)[0] for _ in range(8))
-        return {"bytes": sum(x.nbytes for x in jax.tree.leaves(params)), "byte_per_s": widest.nbytes / best}
+        seconds = []
+        for _ in range(8):
+            start = time.perf_counter()
+            total(widest).block_until_ready()
+            seconds.append(time.perf_counter() - start)
+        return {"bytes": sum(x.nbytes for x in jax.tree.leaves(params)), "byte_per_s": widest.nbytes / min(seconds)}
 
     return {"measure": measure, "about": about}
 
@@ -167,7 +140,7 @@ def main():
     parser = arguments(__doc__)
     parser.add_argument("--edits", type=int, nargs="+", help="how many edits; batches of more than 1: the last of them")
     parser.add_argument("--batches", type=int, nargs="+", help="rows that are generated at once")
-    parser.add_argument("--passes", type=int, help="timed passes over the prompt; --repeats are decode steps")
+    parser.add_argument("--tokens", type=int, help="decode steps of a run")
     parser.add_argument("--length", type=int, default=32, help="tokens of the prompt")
     args = parse(parser, FULL, QUICK)
     dtype, most = args.dtype or "float32", max(args.edits)
@@ -177,37 +150,46 @@ def main():
         runs.append(("none", 0, batch, 0))
         runs += [(k, n, batch, 0) for k in KINDS[1:] for n in (args.edits if batch == 1 else [most])]
     runs.append(("iReVa", min(args.edits), 1, round(TOKENS * most)))
-    rows = [("adapter", "edits", "rows", "room", "batch", "decode", "quartiles", "ms", "of reading", "prefill", "quartiles")]
+    head = ("adapter", "edits", "rows", "room", "batch")
+    rows = [(*head, "decode step", "quartiles", "ms", "of reading", "prompt", "quartiles", f"{CALL} tokens")]
     with Side("jax", jax_tasks, args.shape, dtype, args.length, threads=args.threads) as side:
         read = side("about").value
         least = read["bytes"] / read["byte_per_s"]
         for kind, edits, batch, room in runs:
-            found = side("measure", kind, edits, batch, args.repeats, args.passes, room).value
-            row = [kind, f"{edits:,}", f"{found['used']:,}", f"{found['held']:,}", str(batch)]
-            for stage in ("decode", "prefill"):
+            found = side("measure", kind, edits, batch, args.tokens, args.repeats, room).value
+            settings = {"shape": args.shape, "dtype": dtype, "edits": edits, "batch": batch, "prompt": args.length}
+            counted = {"rows": found["used"], "room": found["held"]}
+            longer = {stage: spread(found[stage]) for stage in ("decode", "prefill")}
+            for stage, (middle, *quartiles) in longer.items():
                 without, extra = (Timing(tuple(x)) for x in found[stage])
-                middle, low, high = spread(found[stage])
-                name = f"{stage}, {edits} edits" + (f", room for {room}" if room else "")
-                settings = {"shape": args.shape, "dtype": dtype, "edits": edits, "batch": batch, "prompt": args.length}
-                percent = {"median": middle, "quartiles": [low, high]}
-                counted = {"rows": found["used"], "room": found["held"], "longer_percent": percent}
+                name = f"{stage}, {edits} edits, batch {batch}" + (f", room for {room}" if room else "")
+                share = {"longer_percent": {"median": middle, "quartiles": quartiles}}
                 seconds = {"run": extra, "without": without}
-                results.records.append(Record(name, kind, side.about, settings, seconds, found=counted))
-                row += [f"{middle:+.2f} %", f"{low:+.2f} to {high:+.2f}"]
-                if stage == "decode":
-                    more = statistics.median(b - a for a, b in zip(*found[stage], strict=True))
-                    row += [f"{1000 * more:+.2f}", f"{100 * more / least:+.2f} %"]
-            rows.append(tuple(row))
-            print("  ".join(row), flush=True)
+                results.records.append(Record(name, kind, side.about, settings, seconds, found=counted | share))
+            step, prompt = (statistics.median(found[stage][0]) for stage in ("decode", "prefill"))
+            more = statistics.median(b - a for a, b in zip(*found["decode"], strict=True))
+            call = (prompt * longer["prefill"][0] + CALL * step * longer["decode"][0]) / (prompt + CALL * step)
+            row = (kind, f"{edits:,}", f"{found['used']:,}", f"{found['held']:,}", str(batch))
+            row += (*percent(longer["decode"]), f"{1000 * more:+.2f}", f"{100 * more / least:+.1f} %")
+            rows.append((*row, *percent(longer["prefill"]), f"{call:+.2f} %"))
+            print("  ".join(rows[-1]), flush=True)
     results.tables.append(rows)
     results.notes += [
-        f"Longer than without an adapter, median of {args.repeats} pairs of decode steps and {args.passes} pairs of "
-        f"passes over {args.length} prompt tokens. \"none\": both of a pair without, which shows the noise.",
-        f"*ms*: what a decode step takes longer; *of reading*: that, relative to the {1000 * least:.0f} ms in which the "
-        f"{read['bytes'] / 1e9:.2f} GB of weights can be read once at {read['byte_per_s'] / 1e9:.1f} GB/s.",
-        "Keys are random and no edit is hit. The last row holds few edits with room for many.",
+        f"How much longer a decode step, and the pass over {args.length} prompt tokens, takes than without an adapter: "
+        f'median and quartiles of {args.repeats} pairs, each of runs of {args.tokens} steps. The adapter "none" is no '
+        "adapter on both sides, and shows the noise.",
+        f"*ms*: what a step takes longer; *of reading*: relative to the {1000 * least:.0f} ms in which the "
+        f"{read['bytes'] / 1e9:.2f} GB of weights can be read once at {read['byte_per_s'] / 1e9:.1f} GB/s, the least "
+        f"that a step could take; *{CALL} tokens*: the pass over the prompt and so many steps, from the medians.",
+        "*rows* are in use, and there is *room* for more, which costs the same. The last line has few edits and room "
+        "for many.",
     ]
     results.finish()
+
+
+def percent(longer: tuple[float, float, float]) -> tuple[str, str]:
+    middle, low, high = longer
+    return f"{middle:+.2f} %", f"{low:+.2f} to {high:+.2f}"
 
 
 if __name__ == "__main__":

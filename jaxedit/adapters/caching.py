@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxedit.adapters.codebook import relative_squares
 from jaxedit.adapters.rows import Asked, append, in_use, latest_best, read_last, where_wanted, withdrawn
 from jaxedit.data.tokens import CLEAN, encode, validate
 from jaxedit.errors import JaxEditError, RequestError
@@ -81,15 +80,14 @@ class CachingEditor:
             radius = float(np.quantile(found, self.quantile))
         new = {
             "keys": jnp.asarray(keys),
+            "squares": jnp.asarray((keys * keys).sum(-1)),
             "tokens": jnp.asarray([token for edit in edits for token in edit.target], jnp.int32),
             "owner": jnp.asarray(first + own, jnp.int32),
         }
         columns = append(None if state is None else {name: getattr(state, name) for name in new}, new)
         last = model.config.n_layer - 1
         made = Cache(
-            keys=columns["keys"],
-            tokens=columns["tokens"],
-            owner=columns["owner"],
+            **columns,
             radius=jnp.asarray(radius, new["keys"].dtype),
             given=jnp.asarray(first + len(edits), jnp.int32),
             layers=(last,),
@@ -143,19 +141,21 @@ def _squares(queries, keys):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "tokens", "owner", "radius", "given", "withheld"],
+    data_fields=["keys", "squares", "tokens", "owner", "radius", "given", "withheld"],
     meta_fields=["layers", "asks", "site", "asks_at"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Stored texts, an `Adapter`.
 
-    keys ``[n, d_model]``; tokens: int32 ``[n]``, what follows each text; owner: int32 ``[n]``, which edit a row belongs
-    to, -1 where there is none; radius: a scalar. given: how many edits there were. withheld: see `withholding`.
+    keys ``[n, d_model]`` and their squared norms ``[n]``; tokens: int32 ``[n]``, what follows each text; owner: int32
+    ``[n]``, which edit a row belongs to, -1 where there is none; radius: a scalar. given: how many edits there were.
+    withheld: see `withholding`.
     Means and distances are float32 (float64), products at the highest precision.
     """
 
     keys: jax.Array
+    squares: jax.Array
     tokens: jax.Array
     owner: jax.Array
     radius: jax.Array
@@ -183,7 +183,7 @@ class Cache:
     def found(self, key: jax.Array, index: jax.Array) -> jax.Array:
         """The tokens ``[q]`` stored near ``key [q, d_model]``, -1 where none is, in rows ``index [q]`` of a batch."""
         used = in_use(self.owner, None if self.withheld is None else self.withheld[index])
-        near = -relative_squares(key, self.keys)
+        near = 2 * jnp.matmul(key, self.keys.T, precision="highest") - self.squares
         square = jnp.sum(key * key, -1, keepdims=True)
         best = latest_best(jnp.where(used, near, -jnp.inf), scale=square * 0.1)
         away = jnp.linalg.norm(key - self.keys[best], axis=-1)

@@ -42,7 +42,7 @@ def nearest(queries, keys, live) -> tuple[jax.Array, jax.Array]:
     Where no key is live the distance is infinite.
     """
     queries = queries.astype(keys.dtype)
-    rough = relative_squares(queries, keys)
+    rough = _rough(queries, keys)
     live = jnp.broadcast_to(live, rough.shape)
     _, at = lax.top_k(jnp.where(live, -rough, -jnp.inf), min(CANDIDATES, len(keys)))
     apart = queries[:, None] - keys[at]
@@ -51,15 +51,12 @@ def nearest(queries, keys, live) -> tuple[jax.Array, jax.Array]:
     return jnp.where(distance == least[:, None], at, len(keys)).min(-1).astype(jnp.int32), least
 
 
-def relative_squares(queries, keys):
-    """Squared distances ``[n, m]`` less the squared norm of the query, from a product. A single query is compared with
-    each key as it is read, because to read them is all that it costs."""
-    if len(queries) == 1:
-        return jnp.sum(keys * (keys - 2 * queries), -1)[None]
+def _rough(queries, keys):
+    """Squared distances ``[n, m]`` less the squared norm of the query, from a product."""
     return jnp.sum(keys * keys, -1) - 2 * jnp.matmul(queries, keys.T, precision=lax.Precision.HIGHEST)
 
 
-_squares_on_device = jax.jit(relative_squares)
+_rough_on_device = jax.jit(_rough)
 
 
 class Distances:
@@ -70,8 +67,8 @@ class Distances:
 
     def __init__(self, queries: np.ndarray, keys: np.ndarray):
         self.queries, self.keys = queries, keys.copy()
-        self._mutual = np.asarray(_squares_on_device(queries, queries))
-        self._rough = np.array(_squares_on_device(queries, keys))
+        self._mutual = np.asarray(_rough_on_device(queries, queries))
+        self._rough = np.array(_rough_on_device(queries, keys))
 
     def put(self, row: int, query: int):
         """From now on the key of `row` is the query with that number."""
