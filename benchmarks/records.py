@@ -168,6 +168,7 @@ class Results:
     records: list[Record] = dataclasses.field(default_factory=list)
     ratios: list[Ratio] = dataclasses.field(default_factory=list)
     curves: list[Curve] = dataclasses.field(default_factory=list)
+    tables: list[list[tuple[str, ...]]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def finish(self):
@@ -177,6 +178,8 @@ class Results:
             print(f"{ratio.name}: {ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})")
         for curve in self.curves:
             print(f"{curve.name} ({curve.side}): {curve.y_name} ~ {curve.x_name}^{curve.exponent:.2f}")
+        for cells in self.tables:
+            print(table(cells))
         print("\n".join(self.notes), flush=True)
         if self.args.out is None:
             return
@@ -190,6 +193,7 @@ class Results:
             "records": [r.to_dict() for r in self.records],
             "ratios": [dataclasses.asdict(r) for r in self.ratios],
             "curves": [dataclasses.asdict(c) for c in self.curves],
+            "tables": self.tables,
             "notes": self.notes,
         }
         self.args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ def section(name: str, made: dict[str, Any], plots: list[str]) -> str:
         rows = [("ratio", "times", "range")]
         rows += [(r["name"], f"**{r['value']:.2f}**", f"{r['low']:.2f} to {r['high']:.2f}") for r in made["ratios"]]
         parts.append(markdown_table(rows))
+    parts += [markdown_table(cells) for cells in made.get("tables", [])]
     if made["records"]:
         parts.append(markdown_table([RECORD_HEADER, *map(record_row, made["records"])]))
     if made["curves"]:

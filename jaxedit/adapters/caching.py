@@ -70,6 +70,7 @@ class CachingEditor:
         last = config.n_layer - 1
         return Cache(
             keys=jnp.zeros((ROOM, config.d_model), dtype),
+            squares=jnp.zeros(ROOM, dtype),
             tokens=jnp.zeros(ROOM, jnp.int32),
             owner=jnp.full(ROOM, FREE, jnp.int32),
             radius=jnp.asarray(self.radius or 0.0, dtype),
@@ -113,6 +114,7 @@ class CachingEditor:
             radius = jnp.asarray(np.quantile(found, self.quantile), radius.dtype)
         new = {
             "keys": jnp.asarray(keys),
+            "squares": jnp.asarray((keys * keys).sum(-1)),
             "tokens": jnp.asarray([token for edit in edits for token in edit.target], jnp.int32),
             "owner": jnp.asarray(first + own, jnp.int32),
         }
@@ -159,20 +161,21 @@ def _distances(queries, keys, allowed):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "tokens", "owner", "radius", "given", "withheld"],
+    data_fields=["keys", "squares", "tokens", "owner", "radius", "given", "withheld"],
     meta_fields=["layers", "asks", "site", "asks_at"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Stored texts, an `Adapter`.
 
-    keys ``[n, d_model]``; tokens: int32 ``[n]``, what follows each text; owner: int32 ``[n]``, which edit a row belongs
-    to, -1 where there is none; radius: a scalar. given: how many edits there were, those withdrawn included. withheld:
-    see `withholding`.
+    keys ``[n, d_model]`` and their squared norms ``[n]``; tokens: int32 ``[n]``, what follows each text; owner: int32
+    ``[n]``, which edit a row belongs to, -1 where there is none; radius: a scalar. given: how many edits there were,
+    those withdrawn included. withheld: see `withholding`.
     Means and distances are float32 (float64), products at the highest precision.
     """
 
     keys: jax.Array
+    squares: jax.Array
     tokens: jax.Array
     owner: jax.Array
     radius: jax.Array
@@ -205,8 +208,7 @@ class Cache:
         of the same text with one token more are near each other too.
         """
         used = in_use(self.owner, None if self.withheld is None else self.withheld[index])
-        size = jnp.sum(self.keys * self.keys, -1)
-        near = 2 * jnp.matmul(key, self.keys.T, precision="highest") - size
+        near = 2 * jnp.matmul(key, self.keys.T, precision="highest") - self.squares
         square = jnp.sum(key * key, -1, keepdims=True)
         near = jnp.where(used, near, -jnp.inf)
         owner = self.owner[latest_best(near, dtype, scale=square * 0.1)]

@@ -151,24 +151,33 @@ def where_wanted(function: Callable, x: jax.Array, wanted: jax.Array, rows: int,
     """``function(x [q, d], index [q])`` of the tokens of ``x [b, s, d]`` that are `wanted` ``[b, s]``.
 
     index: the row of the batch that a token is in. Returns ``[b, s, …]``; what stands at other tokens means nothing.
-    Scores of all tokens against many rows would not fit, so tokens are taken some at a time, the wanted ones first,
-    and no time is spent once there are none left. rows: how many scores a token has; most: tokens at a time.
+    No time is spent on them where there are no more wanted tokens than rows, as in a pass over prompts. Scores of all
+    tokens against many rows would not fit, so tokens are otherwise taken some at a time, the wanted ones first, until
+    there are none left. rows: how many scores a token has; most: tokens at a time.
     """
     b, s, d = x.shape
-    flat, index = x.reshape(-1, d), jnp.repeat(jnp.arange(b), s)
+    flat, index, wanted = x.reshape(-1, d), jnp.repeat(jnp.arange(b), s), wanted.reshape(-1)
     most = max(64, _SCORES // max(rows, 1)) if most is None else most
-    if b * s <= most:
-        out = function(flat, index)
-        return out.reshape(b, s, *out.shape[1:])
-    order = jnp.argsort(~wanted.reshape(-1))
-    filled = jnp.pad(order, (0, -(b * s) % most), mode="edge").reshape(-1, most)
-    shape = jax.eval_shape(function, flat[:most], index[:most])
+    shape = jax.eval_shape(function, flat, index)
 
-    def some(at):
-        needed = jnp.any(wanted.reshape(-1)[at])
-        none = jnp.zeros(shape.shape, shape.dtype)
-        return lax.cond(needed, lambda: function(flat[at], index[at]), lambda: none)
+    def made(at):
+        if len(at) <= most:
+            return function(flat[at], index[at])
+        filled = jnp.pad(at, (0, -len(at) % most), mode="edge").reshape(-1, most)
 
-    out = lax.map(some, filled)
-    out = out.reshape(-1, *out.shape[2:])[jnp.argsort(order)]
-    return out.reshape(b, s, *out.shape[1:])
+        def some(at):
+            none = jnp.zeros((most, *shape.shape[1:]), shape.dtype)
+            return lax.cond(jnp.any(wanted[at]), lambda: function(flat[at], index[at]), lambda: none)
+
+        return lax.map(some, filled).reshape(-1, *shape.shape[1:])[: len(at)]
+
+    if s == 1:
+        return made(jnp.arange(b))[:, None]
+    order = jnp.argsort(~wanted)
+    few = order[:b]
+    out = lax.cond(
+        wanted.sum() <= b,
+        lambda: jnp.zeros(shape.shape, shape.dtype).at[few].set(made(few)),
+        lambda: made(order)[jnp.argsort(order)],
+    )
+    return out.reshape(b, s, *shape.shape[1:])

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load_tiny
 from helpers_adapters import logits, prompts_of, same_bits, with_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,9 +41,9 @@ def made(subject: str, before: str = "The home of", after: str = "is in") -> Edi
     n=st.integers(1, 7),
     seed=st.integers(0, 3),
 )
-def test_queries(subject, before, n, seed):
+def test_queries(tiny, subject, before, n, seed):
     """Halves are disjoint, the first is the larger by at most one, and every prompt holds its form and nothing else."""
-    tokenizer, request = load_tiny("tiny-llama")[1], made(subject, before)
+    tokenizer, request = tiny("tiny-llama")[1], made(subject, before)
     other = made("Paul of Tarsus")
     queries = robust_queries(tokenizer, [request, other], n=n, context_tokens=8, corpus=CORPUS, seed=seed)
     assert queries[0] == robust_queries(tokenizer, [request], n=n, context_tokens=8, corpus=CORPUS, seed=seed)[0]
