@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from jaxedit.analysis.spread_plots import plot_spread
     from jaxedit.analysis.spreading import Premises, StepSizes, Walk, premises, step_sizes, walk
     from jaxedit.analysis.study import Spread, spread
-    from jaxedit.analysis.subject_forms import SubjectPrompt, other_forms, random_contexts, text_end
     from jaxedit.analysis.suggest import read_preset, suggest_layers, tune, write_preset
     from jaxedit.analysis.tracing import trace
     from jaxedit.config import (
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from jaxedit.data.knowedit import read_knowedit
     from jaxedit.data.mquake import read_mquake
     from jaxedit.data.requests import read_requests
+    from jaxedit.data.subject_forms import SubjectPrompt, other_forms, random_contexts, text_end
     from jaxedit.edit import EditResult, apply_edits
     from jaxedit.edit import find_targets as targets
     from jaxedit.errors import CheckpointError, JaxEditError, PatchError, RequestError, StatisticsError
@@ -97,7 +97,6 @@ _MODULES = {
     "analysis.spread_plots": "plot_spread",
     "analysis.spreading": "Premises StepSizes Walk premises step_sizes walk",
     "analysis.study": "Spread spread",
-    "analysis.subject_forms": "SubjectPrompt other_forms random_contexts text_end",
     "analysis.suggest": "read_preset suggest_layers tune write_preset",
     "analysis.tracing": "trace",
     "config": "AnchorConfig BackwardSpread EqualityConstrained ForwardReplay JacobianSpread Method "
@@ -107,6 +106,7 @@ _MODULES = {
     "data.knowedit": "read_knowedit",
     "data.mquake": "read_mquake",
     "data.requests": "read_requests",
+    "data.subject_forms": "SubjectPrompt other_forms random_contexts text_end",
     "edit": "EditResult apply_edits",
     "errors": "CheckpointError JaxEditError PatchError RequestError StatisticsError",
     "evaluation.consistency": "fit_vectoriser reference_scores",

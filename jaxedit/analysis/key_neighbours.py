@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from jaxedit.analysis.keys import checked_layers, solved, subject_keys
-from jaxedit.analysis.subject_forms import SubjectPrompt
 from jaxedit.data.corpus import Corpus, Row, pack_documents, read_corpus
+from jaxedit.data.subject_forms import SubjectPrompt
 from jaxedit.errors import JaxEditError
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import Context, Decoder, Params, embed, layer, run, to_key, window_of

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.analysis.subject_forms import SubjectPrompt
 from jaxedit.config import Ridge
+from jaxedit.data.subject_forms import SubjectPrompt
 from jaxedit.data.tokens import encode, token_at
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad

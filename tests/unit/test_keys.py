@@ -23,7 +23,8 @@ from jaxedit.analysis.keys import (
     whiten,
     whitening,
 )
-from jaxedit.analysis.subject_forms import (
+from jaxedit.config import BackwardSpread
+from jaxedit.data.subject_forms import (
     SubjectPrompt,
     cut_context,
     form_in,
@@ -33,7 +34,6 @@ from jaxedit.analysis.subject_forms import (
     shuffled_forms,
     text_end,
 )
-from jaxedit.config import BackwardSpread
 from jaxedit.data.tokens import target_ids
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.batching import pad

@@ -9,6 +9,7 @@ import difflib
 import itertools
 import random
 import re
+import unicodedata
 from typing import NamedTuple
 
 from jaxedit.data.corpus import Corpus, read_corpus
@@ -99,6 +100,34 @@ def rule_forms(subject: str) -> dict[str, str]:
     return forms
 
 
+def rephrased_forms(subject: str) -> dict[str, str]:
+    """`rule_forms` and more of them, by kind; kinds that do not fit the subject, or would not change it, are left out.
+
+    last name, last name first, first name ("Ada L."), professor: of two or more words that all begin with a capital.
+    abbreviation: the capitals of three words or more ("United Nations Organization": "UNO"). quoted, capitals, lower
+    case, and: "and" for "&" or the other way round. plain: without accents. short: without what stands in brackets
+    or after a comma. spaced: without hyphens.
+    """
+    words, forms = subject.split(), rule_forms(subject)
+    if "title" in forms and words[-1].isalpha():
+        forms |= {"last name": words[-1], "last name first": f"{words[-1]}, {' '.join(words[:-1])}"}
+        forms |= {"first name": f"{' '.join(words[:-1])} {words[-1][0]}.", "professor": f"Professor {subject}"}
+    initials = [w[0] for w in words if w[0].isupper()]
+    if len(initials) > 2:
+        forms["abbreviation"] = "".join(initials)
+    bare = unicodedata.normalize("NFKD", subject)
+    forms |= {
+        "quoted": f'"{subject}"',
+        "capitals": subject.upper(),
+        "lower case": subject.lower(),
+        "and": subject.replace(" & ", " and ") if " & " in subject else subject.replace(" and ", " & "),
+        "plain": "".join(c for c in bare if not unicodedata.combining(c)),
+        "short": re.sub(r"\s*\([^()]*\)", "", subject).split(",")[0].strip(),
+        "spaced": subject.replace("-", " "),
+    }
+    return {kind: form for kind, form in forms.items() if form not in ("", subject)}
+
+
 def shuffled_forms(tokenizer, subject: str, n: int, seed: int = 0) -> list[str]:
     """At most `n` different texts made of the subject's tokens (as they are after a space) in another order.
 
@@ -158,6 +187,13 @@ def random_contexts(tokenizer, tokens: int, n: int, corpus: Corpus = None, seed:
     ids = _ids(tokenizer, "\n".join(itertools.islice(read_corpus(corpus), _DOCUMENTS)), tokens)
     draw = random.Random(seed)
     return [_cut(tokenizer, ids, tokens, draw.randrange(len(ids) - tokens + 1)) for _ in range(n)]
+
+
+def separate_contexts(tokenizer, tokens: int, corpus: Corpus = None) -> list[str]:
+    """Texts of about `tokens` tokens that do not overlap: all that a corpus's first thousand documents are cut into,
+    put end to end. Raises JaxEditError where there is too little text for one."""
+    ids = _ids(tokenizer, "\n".join(itertools.islice(read_corpus(corpus), _DOCUMENTS)), tokens)
+    return [_cut(tokenizer, ids, tokens, at) for at in range(0, len(ids) - tokens + 1, tokens)]
 
 
 def text_end(text: str) -> SubjectPrompt:
