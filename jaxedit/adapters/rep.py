@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -26,24 +27,23 @@ import numpy as np
 
 from jaxedit.adapters.rep_adaptors import Adaptor, RepState
 from jaxedit.adapters.rep_training import (
-    Forms,
     Keys,
-    drawn,
+    Plan,
+    Rates,
     enter,
     go_on,
-    in_template,
     initial,
     keys_at,
+    make_plan,
     outcome,
-    to_text,
     train,
-    training_prompts,
 )
 from jaxedit.adapters.rows import append
 from jaxedit.adapters.training import tokenised
 from jaxedit.analysis.keys import checked_layers, solved, whitening
-from jaxedit.analysis.subject_forms import SubjectPrompt
-from jaxedit.config import _check, _check_choice  # noqa: F401
+from jaxedit.config import _check
+from jaxedit.data.queries import RobustQueries
+from jaxedit.data.subject_forms import SubjectPrompt
 from jaxedit.data.templates import sample_templates
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.layer_loop import Progress
@@ -54,7 +54,7 @@ from jaxedit.solvers.factors import Factor
 from jaxedit.statistics import SecondMoments
 from jaxedit.types import EditRequest
 
-_STARTERS = 5  # words that sampled prefixes begin with
+_WORDS = 5  # words that sampled prefixes begin with
 
 PRESETS: dict[str, dict[str, Any]] = {}
 
@@ -109,132 +109,167 @@ class Rep:
         *,
         layers: Sequence[int],
         stats: SecondMoments | Factor,
-        queries: Sequence[Forms],
+        queries: Sequence[RobustQueries],
         keys: Mapping[int, np.ndarray] | None = None,
         state: RepState | None = None,
         apart: Any = None,
         seed: int = 0,
         on_progress: Progress | None = None,
     ) -> tuple[RepState, dict[str, np.ndarray]]:
-        """Adaptors for edits that a model holds."""
-        config, layers = model.config, checked_layers(layers, model.config)
+        """Adaptors for edits that a model holds, each trained by itself, in the layers that hold them.
+
+        model: the host, with the edits in its weights and without adapters; or with `apart`, an adapter such as
+        `jaxedit.adapters.apart.Apart` that gives rows one edit each, numbered as this state's, the model without any.
+        (In the lowest of the layers keys do not depend on that; so for one layer, model may also be the base.)
+        stats: second moments of the keys at these layers, or what `jaxedit.analysis.keys.whitening` makes of them.
+        queries: of each request; only what is in domain is read. keys: ``{layer: [n, d_ff]}``, the keys that the host
+        wrote at, such as `EditResult.keys`; None for the mean over the prompt in all `templates`.
+        state: adaptors to go on from. seed: with the number of each edit, of its adaptor's start and of what it reads
+        in which order; alone, of the templates. on_progress is told of "adaptors".
+
+        The direction C⁻¹k* is what one edit is written along, by ROME or by MEMIT and the methods like it. Many edits
+        written together, or a solver without second moments, have others; REP then leads keys near them.
+
+        Returns the adaptors and, of each request and layer: ``losses [n, layers, steps, 3]`` before each step, the mean
+        cosine negated, the mean square by which the prompt's key is moved, and the negative term; ``cosine [n, layers,
+        2]``, of the keys trained on with C⁻¹k* before and after, gates open or shut; ``open [n, layers]``, the share of
+        these gates; and ``drift [n, layers]``, how far the prompt's key is moved, relative to it.
+
+        Raises RequestError where a request cannot be carried out or a text does not fit the model, JaxEditError where
+        layers, queries, keys or the state do not fit the model or the requests.
+        """
+        config, layers, n = model.config, checked_layers(layers, model.config), len(requests)
         tokenised(model, tokenizer, requests)
-        if len(queries) != len(requests):
-            raise JaxEditError(f"{len(requests)} requests need as many queries, got {len(queries)}")
+        if len(queries) != n:
+            raise JaxEditError(f"each request needs its queries: there are {n} and {len(queries)}")
+        _check_keys(keys, layers, (n, config.d_ff))
+        first = 0 if state is None else int(state.given)
+        empty = self.empty(model, layers)
+        _check_fits(state, empty)
         factor = stats if isinstance(stats, Factor) else whitening(stats, layers)
         templates = self.templates(model, tokenizer, seed)
-        first = 0 if state is None else int(state.given)
-        size = min(self.together, len(requests))
+        size = min(self.together, n)
         made, traces = [], []
-        for begin in range(0, len(requests), size):
-            some = np.arange(begin, min(begin + size, len(requests)))
+        for begin in range(0, n, size):
+            some = np.arange(begin, min(begin + size, n))
             filled = np.pad(some, (0, size - len(some)), mode="edge")
-            adaptors, trace = self._train(
-                model, tokenizer, requests, queries, templates, layers, factor, keys, apart, filled, first, seed
+            plan = make_plan(
+                self,
+                tokenizer,
+                [SubjectPrompt.of(requests[i]) for i in filled],
+                [queries[i] for i in filled],
+                templates,
+                [(seed, first + int(i)) for i in filled],
+                keys is None,
             )
-            made.append(jax.tree.map(lambda x, n=len(some): x[:n], adaptors))
-            traces.append({k: x[: len(some)] for k, x in trace.items()})
+            _check_lengths(plan, filled, requests, config.max_positions)
+            own = None if keys is None else {l: np.asarray(keys[l])[filled] for l in layers}
+            adaptors, trace = self._train(model, plan, layers, factor, own, apart, first + filled, seed)
+            made.append(jax.tree.map(itemgetter(slice(len(some))), adaptors))
+            traces.append({name: x[: len(some)] for name, x in trace.items()})
             if on_progress is not None:
-                on_progress("adaptors", int(some[-1]) + 1, len(requests))
+                on_progress("adaptors", begin + len(some), n)
         new = jax.tree.map(lambda *x: jnp.concatenate(x), *made)._asdict()
-        new["owner"] = jnp.asarray(first + np.arange(len(requests)), jnp.int32)
+        new["owner"] = jnp.asarray(first + np.arange(n), jnp.int32)
         columns = append(None if state is None else {name: getattr(state, name) for name in new}, new, least=1)
-        result = RepState(
-            **columns,
-            given=jnp.asarray(first + len(requests), jnp.int32),
-            tau=jnp.asarray(self.tau, wide(model.dtype)),
-            layers=layers,
-        )
+        result = dataclasses.replace(empty, **columns, given=jnp.asarray(first + n, jnp.int32))
         return result, {name: np.concatenate([t[name] for t in traces]) for name in traces[0]}
 
+    def empty(self, model: Decoder, layers: Sequence[int]) -> RepState:
+        """No adaptor yet, for a model."""
+        config, dtype, n = model.config, wide(model.dtype), len(layers)
+        d, width = config.d_ff, self.width(config)
+        shapes = Adaptor((self.rank, d), (d, self.rank), (width, d), (width,), (width,), ())
+        return RepState(
+            **{name: jnp.zeros((0, n, *shape), dtype) for name, shape in shapes._asdict().items()},
+            owner=jnp.zeros(0, jnp.int32),
+            given=jnp.zeros((), jnp.int32),
+            tau=jnp.asarray(self.tau, dtype),
+            layers=tuple(layers),
+        )
+
     def templates(self, model: Decoder, tokenizer, seed: int) -> tuple[str, ...]:
-        """ "{}", and a sampled text before it for each length, word and sample."""
-        groups = [sample_templates(model, tokenizer, seed, _STARTERS * self.samples, n)[1:] for n in self.prefixes]
+        """ "{}", and behind a sampled text for each length, word and sample."""
+        groups = [sample_templates(model, tokenizer, seed, _WORDS * self.samples, n)[1:] for n in self.prefixes]
         return ("{}", *(t for group in groups for some in group for t in some))
 
     def _train(
-        self, model, tokenizer, requests, queries, templates, layers, factor, keys, apart, edits, first, seed
+        self, model: Decoder, plan: Plan, layers: tuple[int, ...], factor: Factor, keys, apart, numbers, seed: int
     ) -> tuple[Adaptor, dict[str, np.ndarray]]:
-        """Adaptors ``[n, layers]`` of the requests `edits` ``[n]``."""
-        config, n = model.config, len(edits)
-        texts, owners = [], []
-        pick = np.zeros((n, self.steps * self.batch), np.int64)
-        clean = np.zeros(n, np.int64)
-        anchors = np.zeros((n, len(templates)), np.int64)
-        problems = []
-        for i, e in enumerate(edits):
-            rng = np.random.default_rng([seed, first + int(e)])
-            prompt = SubjectPrompt.of(requests[e])
-            every = training_prompts(prompt, queries[e], templates)
-            clean[i] = len(texts)
-            order = drawn(rng, len(every) - 1, self.steps * self.batch) + 1
-            place = {}
-            for at in (0, *order.tolist()):
-                if at not in place:
-                    place[at] = len(texts)
-                    texts.append(to_text(tokenizer, every[at], rng.random()))
-                    owners.append(i)
-            pick[i] = [place[at] for at in order.tolist()]
-            if keys is None:
-                anchors[i] = len(texts) + np.arange(len(templates))
-                texts += [to_text(tokenizer, in_template(prompt, t), 0.0) for t in templates]
-                owners += [-1 - i] * len(templates)
-        for t in texts:
-            if len(t.tokens) > config.max_positions:
-                problems.append(f"a text has {len(t.tokens)} tokens; the model takes {config.max_positions}")
-        if problems:
-            raise RequestError(list(dict.fromkeys(problems)))
-        owner = np.asarray(owners)
-        host_rows = np.where(owner < 0, -1 - owner, owner)
-        rep_rows = np.where(owner < 0, -1, owner).astype(np.int32)
+        """Adaptors ``[n, layers]`` of a plan's edits, whose numbers ``[n]`` are given, and their traces."""
+        config, n = model.config, len(numbers)
 
-        def with_rows(index):
+        def params(texts: np.ndarray):
             if apart is None:
                 return model.params
-            rows = np.asarray(edits)[host_rows[index]] + first
-            return model.params | {"adapters": (apart.for_rows(rows.astype(np.int32)),)}
+            return model.params | {"adapters": (apart.for_rows(numbers[plan.owner[texts]].astype(np.int32)),)}
 
-        parts = enter(model, texts, with_rows, layers[0])
         root = jax.random.key(seed)
-        numbers = jnp.asarray(first + np.asarray(edits))
-        random = jax.vmap(lambda i: jax.random.fold_in(root, i))(numbers)
-        found, log, ends = [], [], []
-        real = np.asarray([t.other >= 0 for t in texts])[pick].reshape(n, self.steps, self.batch)
-        for place, l in enumerate(layers):
-            read = keys_at(parts, config, l, len(texts))
-            star = read[anchors, 0].mean(1) if keys is None else np.asarray(keys[l])[edits]
-            target = solved(factor, l, star, both_ways=True)
-            target = target / np.linalg.norm(target, axis=-1, keepdims=True)
-            drawn_keys = read[pick].reshape(n, self.steps, self.batch, 2, -1)
-            given = Keys(
-                pool=jnp.asarray(drawn_keys[..., 0, :]),
-                clean=jnp.asarray(read[clean, 0]),
-                target=jnp.asarray(target.astype(read.dtype)),
-                other=jnp.asarray(drawn_keys[..., 1, :]),
-                real=jnp.asarray(real.astype(read.dtype)),
-            )
+        random = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.asarray(numbers))
+        parts = enter(model, plan.texts, params, layers[0])
+        found, traces = [], []
+        for l, above in zip(layers, (*layers[1:], None), strict=True):
+            read = keys_at(parts, config, l, len(plan.texts))
+            star = read[plan.anchors, 0].mean(1) if keys is None else keys[l]
+            given = _given(plan, read, solved(factor, l, star, both_ways=True))
             here = jax.vmap(lambda key, l=l: jax.random.split(jax.random.fold_in(key, l)))(random)
             start = initial(here[:, 0], given.clean, self.width(config), self.rank)
-            adaptors, losses = train(self, start, given, here[:, 1])
+            adaptors, log = train(Rates.of(self, read.dtype), start, given, here[:, 1])
+            end = np.asarray(outcome(jnp.asarray(self.tau, read.dtype), adaptors, given))
             found.append(adaptors)
-            log.append(np.asarray(losses))
-            ends.append(np.asarray(outcome(self, adaptors, given)))
-            if place + 1 < len(layers):
-                one = jax.tree.map(lambda x: x[:, None], adaptors)
-                local = RepState(
-                    **one._asdict(),
+            traces.append({"losses": log, "cosine": end[:, :2], "open": end[:, 2], "drift": end[:, 3]})
+            if above is not None:
+                state = dataclasses.replace(
+                    self.empty(model, (l,)),
+                    **{name: x[:, None] for name, x in adaptors._asdict().items()},
                     owner=jnp.arange(n, dtype=jnp.int32),
-                    given=jnp.asarray(n, jnp.int32),
-                    tau=jnp.asarray(self.tau, read.dtype),
-                    layers=(l,),
                 )
-                parts = go_on(parts, config, local, rep_rows, layers[place + 1])
+                parts = go_on(parts, config, state, np.where(plan.bare, -1, plan.owner), above)
         stacked = jax.tree.map(lambda *x: jnp.stack(x, 1), *found)
-        end = np.stack(ends, 1)
-        trace = {
-            "losses": np.stack(log, 1),
-            "cosine": end[..., :2],
-            "open": end[..., 2],
-            "drift": end[..., 3],
-        }
-        return stacked, trace
+        return stacked, {name: np.stack([np.asarray(t[name]) for t in traces], 1) for name in traces[0]}
+
+
+def _given(plan: Plan, read: np.ndarray, direction: np.ndarray) -> Keys:
+    """Keys ``[texts, 2, d_ff]`` as edits train on them, with the directions ``[n, d_ff]`` of any length."""
+    pool = read[plan.pool]
+    real = np.asarray([t.other >= 0 for t in plan.texts])[plan.pool]
+    return Keys(
+        pool=jnp.asarray(pool[..., 0, :]),
+        clean=jnp.asarray(read[plan.clean, 0]),
+        target=jnp.asarray((direction / np.linalg.norm(direction, axis=-1, keepdims=True)).astype(read.dtype)),
+        other=jnp.asarray(pool[..., 1, :]),
+        real=jnp.asarray(real.astype(read.dtype)),
+    )
+
+
+def _check_keys(keys: Mapping[int, np.ndarray] | None, layers: tuple[int, ...], shape: tuple[int, int]):
+    if keys is None:
+        return
+    for l in layers:
+        if l not in keys or np.shape(keys[l]) != shape:
+            got = np.shape(keys[l]) if l in keys else "none"
+            raise JaxEditError(f"keys of layer {l}: expected shape {shape}, those of these requests alone; got {got}")
+
+
+def _check_fits(state: RepState | None, empty: RepState):
+    if state is None:
+        return
+    ours, theirs = ([getattr(s, name).shape[1:] for name in Adaptor._fields] for s in (empty, state))
+    if state.layers != empty.layers or ours != theirs:
+        raise JaxEditError(
+            f"the state to go on from has layers {state.layers} and shapes {theirs}; the settings and the model have "
+            f"{empty.layers} and {ours}"
+        )
+
+
+def _check_lengths(plan: Plan, requests: np.ndarray, given: Sequence[EditRequest], most: int):
+    longest: dict[int, int] = {}
+    for i, text in zip(plan.owner.tolist(), plan.texts, strict=True):
+        longest[int(requests[i])] = max(longest.get(int(requests[i]), 0), len(text.tokens))
+    problems = [
+        f"request {i} (id {given[i].id}): a text to train on has {size} tokens; the model takes {most}"
+        for i, size in longest.items()
+        if size > most
+    ]
+    if problems:
+        raise RequestError(problems)

@@ -86,13 +86,13 @@ class RepState:
         if self.rows is not None:
             own = (self.owner == self.rows[:, None]) & (self.rows >= 0)[:, None]
             mine = jax.tree.map(lambda x: x[own.argmax(1)], every)
-            is_open = self.opens(jax.vmap(Adaptor.gate)(mine, keys)) & own.any(1)[:, None]
+            is_open = opens(jax.vmap(Adaptor.gate)(mine, keys), self.tau) & own.any(1)[:, None]
             return keys + jax.vmap(Adaptor.projection)(mine, keys), is_open
         flat = keys.reshape(-1, keys.shape[-1])
         most = max(1, _NUMBERS // (len(flat) * every.into.shape[1]))
         gates = lax.map(lambda one: one.gate(flat), every, batch_size=min(most, len(self.owner)))
         gates = jnp.where((self.owner >= 0)[:, None], gates, -jnp.inf)
-        best = jnp.where(self.opens(gates.max(0)), gates.argmax(0), -1)
+        best = jnp.where(opens(gates.max(0), self.tau), gates.argmax(0), -1)
 
         def apply(moved, numbered):
             index, one = numbered
@@ -103,12 +103,8 @@ class RepState:
         moved, _ = lax.scan(apply, flat, (jnp.arange(len(self.owner)), every))
         return moved.reshape(keys.shape), (best >= 0).reshape(keys.shape[:-1])
 
-    def opens(self, gates: jax.Array) -> jax.Array:
-        """Whether gates are open, given their logits."""
-        return gates > jnp.log(self.tau) - jnp.log1p(-self.tau)
-
-    def adaptors(self, place: int | slice) -> Adaptor:
-        """The adaptors ``[n]`` of one of the layers, by its place among them; or of several ``[n, layers]``."""
+    def adaptors(self, place: int) -> Adaptor:
+        """The adaptors ``[n]`` of one of the layers, by its place among them."""
         return Adaptor(*(getattr(self, name)[:, place] for name in Adaptor._fields))
 
     def for_rows(self, rows) -> RepState:
@@ -126,6 +122,12 @@ class RepState:
         """Edits withdrawn, by their numbers: their gates are closed. The host's own update stays; withdraw it too."""
         gone = withdrawn(self.owner, edits)
         return dataclasses.replace(self, owner=jnp.where(gone, -1, self.owner))
+
+
+def opens(gates: jax.Array, tau) -> jax.Array:
+    """Whether gates are open, given their logits: their sigmoids are above tau. (A sigmoid is 1 long before its logit
+    is at its end, so of open gates the largest is known by its logit alone.)"""
+    return gates > jnp.log(tau) - jnp.log1p(-tau)
 
 
 def _product(x, w):

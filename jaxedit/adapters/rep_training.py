@@ -18,9 +18,11 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxedit.adapters.rep_adaptors import Adaptor, RepState
-from jaxedit.analysis.subject_forms import SubjectPrompt
+from jaxedit.adapters.rep_adaptors import Adaptor, RepState, opens
+from jaxedit.data.queries import RobustQueries
+from jaxedit.data.subject_forms import SubjectPrompt
 from jaxedit.data.tokens import encode, token_at
+from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import wide
@@ -33,24 +35,16 @@ _BATCH_TOKENS = 8192
 LOSSES = ("alignment", "consistency", "negative")
 
 
-class Forms(NamedTuple):
-    """What stands in the place of an edit's subject, or before its prompt, in training: plain texts."""
-
-    rephrases: Sequence[str] = ()
-    shuffles: Sequence[str] = ()
-    contexts: Sequence[str] = ()
-
-
-def training_prompts(prompt: SubjectPrompt, forms: Forms, templates: Sequence[str]) -> list[SubjectPrompt]:
-    """The prompt as it is, and then all others: in each of the other `templates`, after each long context, and with
-    each other form of the subject in each template. templates: "{}" first."""
-    others = [prompt.with_subject(form) for form in (*forms.rephrases, *forms.shuffles)]
-    every = [
+def training_prompts(prompt: SubjectPrompt, queries: RobustQueries, templates: Sequence[str]) -> list[SubjectPrompt]:
+    """The prompt as it is; then in each of the other `templates`, after each long context of the domain, and with each
+    other form of the subject in each template. templates: "{}" first."""
+    long, *forms = (queries.prompts(prompt, kind, "in_domain") for kind in ("long", "rephrase", "shuffle"))
+    others = [other for some in forms for other in some]
+    return [
         *(in_template(prompt, template) for template in templates),
-        *(prompt.after(context) for context in forms.contexts),
+        *long,
         *(in_template(other, template) for other in others for template in templates),
     ]
-    return every
 
 
 def in_template(prompt: SubjectPrompt, template: str) -> SubjectPrompt:
@@ -73,8 +67,55 @@ def to_text(tokenizer, prompt: SubjectPrompt, share: float) -> Text:
     return Text(tuple(ids[: last + 1]), int(share * start) if start else -1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What n edits read and train on. texts; owner: int ``[texts]``, the edit of each; bare: bool ``[texts]``, whether
+    its key is read without adaptors below. As indices of texts: pool ``[n, steps, batch]``, clean ``[n]``, and anchors
+    ``[n, templates]``, the prompt in every template, or ``[n, 0]`` where that is not asked for."""
+
+    texts: list[Text]
+    owner: np.ndarray
+    bare: np.ndarray
+    pool: np.ndarray
+    clean: np.ndarray
+    anchors: np.ndarray
+
+
+def make_plan(
+    settings: Rep,
+    tokenizer,
+    prompts: Sequence[SubjectPrompt],
+    queries: Sequence[RobustQueries],
+    templates: Sequence[str],
+    seeds: Sequence[tuple[int, int]],
+    anchored: bool,
+) -> Plan:
+    """Draw each edit's texts, with its own of `seeds`: its pool in an order of its own, and again, a batch a step. Only
+    texts that are drawn are read. Raises JaxEditError where an edit has nothing to train on."""
+    texts: list[Text] = []
+    owner, bare, pools, clean, anchors = [], [], [], [], []
+    for i, (prompt, some, seed) in enumerate(zip(prompts, queries, seeds, strict=True)):
+        rng = np.random.default_rng(seed)
+        every = training_prompts(prompt, some, templates)
+        if len(every) == 1:
+            raise JaxEditError(f"subject {prompt.subject!r} has no other texts to train on: no queries, no prefixes")
+        order = drawn(rng, len(every) - 1, settings.steps * settings.batch) + 1
+        place = {at: len(texts) + j for j, at in enumerate(dict.fromkeys([0, *order.tolist()]))}
+        texts += [to_text(tokenizer, every[at], rng.random()) for at in place]
+        clean.append(place[0])
+        pools.append([place[at] for at in order.tolist()])
+        alone = [to_text(tokenizer, in_template(prompt, t), 0.0) for t in templates] if anchored else []
+        anchors.append(len(texts) + np.arange(len(alone)))
+        texts += alone
+        owner += [i] * (len(place) + len(alone))
+        bare += [False] * len(place) + [True] * len(alone)
+    shape = (len(prompts), settings.steps, settings.batch)
+    pool = np.asarray(pools).reshape(shape)
+    return Plan(texts, np.asarray(owner), np.asarray(bare), pool, np.asarray(clean), np.asarray(anchors))
+
+
 def drawn(rng: np.random.Generator, pool: int, count: int) -> np.ndarray:
-    """int ``[count]``: the pool in an order of its own, again and again."""
+    """int ``[count]``: the pool in an order of its own, and in another one when it is at its end."""
     return np.concatenate([rng.permutation(pool) for _ in range(-(-count // pool))])[:count]
 
 
@@ -180,14 +221,24 @@ def initial(keys: jax.Array, like: jax.Array, width: int, rank: int) -> Adaptor:
     return jax.vmap(one)(keys)
 
 
-def losses(adaptor: Adaptor, settings: Rep, pool, clean, target, other, real, key):
-    """The three terms ``[3]`` of one edit (see `LOSSES`). pool, other ``[batch, d_ff]``. key: of the dropout, None for
-    none."""
+class Rates(NamedTuple):
+    """Numbers of `Rep` for which nothing is compiled anew."""
+
+    lr: Any
+    dropout: Any
+    consistency: Any
+    negative: Any
+
+    @classmethod
+    def of(cls, settings: Rep, dtype) -> Rates:
+        return cls(*(jnp.asarray(getattr(settings, name), dtype) for name in cls._fields))
+
+
+def losses(adaptor: Adaptor, dropout, pool, clean, target, other, real, key):
+    """The three terms ``[3]`` of one edit (see `LOSSES`). pool, other ``[batch, d_ff]``; key: of the dropout."""
     rows = jnp.concatenate([pool, clean[None]])
-    entered = rows
-    if key is not None and settings.dropout:
-        kept = jax.random.bernoulli(key, 1 - settings.dropout, rows.shape)
-        entered = jnp.where(kept, rows / (1 - settings.dropout), 0)
+    kept = jax.random.bernoulli(key, 1 - dropout, rows.shape)
+    entered = jnp.where(kept, rows / (1 - dropout), 0)
     moved = rows + jax.nn.sigmoid(adaptor.gate(rows))[:, None] * adaptor.projection(entered)
     shut = jax.nn.softplus(adaptor.gate(other)) * real
     return jnp.stack(
@@ -204,16 +255,16 @@ def cosine(keys, target):
     return jnp.matmul(keys, target, precision="highest") / jnp.linalg.norm(keys, axis=-1)
 
 
-@partial(jax.jit, static_argnames=("settings",))
-def train(settings: Rep, start: Adaptor, keys: Keys, random: jax.Array) -> tuple[Adaptor, jax.Array]:
+@jax.jit
+def train(rates: Rates, start: Adaptor, keys: Keys, random: jax.Array) -> tuple[Adaptor, jax.Array]:
     """Adam's steps for n edits at once. random ``[n]``: of the dropout. Returns the adaptors, and the three terms
     before each step ``[n, steps, 3]``. Float32 (float64)."""
-    weights = jnp.asarray([1.0, settings.consistency, settings.negative], keys.clean.dtype)
-    rule = optax.adam(settings.lr)
+    weights = jnp.stack([jnp.ones_like(rates.lr), rates.consistency, rates.negative])
+    rule = optax.adam(rates.lr)
 
     def total(adaptors, pool, other, real, random):
-        each = jax.vmap(lambda a, *k: losses(a, settings, *k))(
-            adaptors, pool, keys.clean, keys.target, other, real, random
+        each = jax.vmap(losses, in_axes=(0, None, *[0] * 6))(
+            adaptors, rates.dropout, pool, keys.clean, keys.target, other, real, random
         )
         return jnp.sum(each @ weights), each
 
@@ -223,21 +274,22 @@ def train(settings: Rep, start: Adaptor, keys: Keys, random: jax.Array) -> tuple
         fresh = jax.vmap(lambda key: jax.random.fold_in(key, number))(random)
         grad, each = jax.grad(total, has_aux=True)(adaptors, pool, other, real, fresh)
         change, moments = rule.update(grad, moments, adaptors)
-        return (optax.apply_updates(adaptors, change), moments), each
+        adaptors = jax.tree.map(jnp.add, adaptors, change)
+        return (adaptors, moments), each
 
-    by_step = (jnp.moveaxis(x, 1, 0) for x in (keys.pool, keys.other, keys.real))
-    (made, _), log = lax.scan(step, (start, rule.init(start)), (jnp.arange(settings.steps), *by_step))
+    by_step = tuple(jnp.moveaxis(x, 1, 0) for x in (keys.pool, keys.other, keys.real))
+    (made, _), log = lax.scan(step, (start, rule.init(start)), (jnp.arange(len(by_step[0])), *by_step))
     return made, jnp.moveaxis(log, 0, 1)
 
 
-@partial(jax.jit, static_argnames=("settings",))
-def outcome(settings: Rep, adaptors: Adaptor, keys: Keys) -> jax.Array:
+@jax.jit
+def outcome(tau, adaptors: Adaptor, keys: Keys) -> jax.Array:
     """``[n, 4]`` of n edits, as they act: the mean cosine of the pool's keys with the target before and after; the
     share of their gates that are open; and how far the clean key is moved, relative to it."""
 
     def one(adaptor: Adaptor, pool, clean, target):
         rows = jnp.concatenate([pool.reshape(-1, pool.shape[-1]), clean[None]])
-        is_open = adaptor.gate(rows) > jnp.log(settings.tau) - jnp.log1p(-settings.tau)
+        is_open = opens(adaptor.gate(rows), tau)
         moved = jnp.where(is_open[:, None], rows + adaptor.projection(rows), rows)
         drift = jnp.linalg.norm(moved[-1] - clean) / jnp.linalg.norm(clean)
         before, after = (cosine(x[:-1], target).mean() for x in (rows, moved))
