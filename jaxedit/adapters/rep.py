@@ -45,6 +45,7 @@ from jaxedit.config import _check
 from jaxedit.data.queries import RobustQueries
 from jaxedit.data.subject_forms import SubjectPrompt
 from jaxedit.data.templates import sample_templates
+from jaxedit.data.tokens import check_templates
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.layer_loop import Progress
 from jaxedit.models.config import ModelConfig
@@ -111,6 +112,7 @@ class Rep:
         stats: SecondMoments | Factor,
         queries: Sequence[RobustQueries],
         keys: Mapping[int, np.ndarray] | None = None,
+        templates: Sequence[str] | Sequence[Sequence[str]] | None = None,
         state: RepState | None = None,
         apart: Any = None,
         seed: int = 0,
@@ -123,7 +125,8 @@ class Rep:
         (In the lowest of the layers keys do not depend on that; so for one layer, model may also be the base.)
         stats: second moments of the keys at these layers, or what `jaxedit.analysis.keys.whitening` makes of them.
         queries: of each request; only what is in domain is read. keys: ``{layer: [n, d_ff]}``, the keys that the host
-        wrote at, such as `EditResult.keys`; None for the mean over the prompt in all `templates`.
+        wrote at, such as `EditResult.keys`; None for the mean over the prompt in all templates.
+        templates: what `jaxedit.data.tokens.check_templates` takes; by default those of `templates`.
         state: adaptors to go on from. seed: with the number of each edit, of its adaptor's start and of what it reads
         in which order; alone, of the templates. on_progress is told of "adaptors".
 
@@ -147,7 +150,8 @@ class Rep:
         empty = self.empty(model, layers)
         _check_fits(state, empty)
         factor = stats if isinstance(stats, Factor) else whitening(stats, layers)
-        templates = self.templates(model, tokenizer, seed)
+        groups = check_templates(self.templates(model, tokenizer, seed) if templates is None else templates)
+        texts = tuple(template for group in groups for template in group)
         size = min(self.together, n)
         made, traces = [], []
         for begin in range(0, n, size):
@@ -158,7 +162,7 @@ class Rep:
                 tokenizer,
                 [SubjectPrompt.of(requests[i]) for i in filled],
                 [queries[i] for i in filled],
-                templates,
+                texts,
                 [(seed, first + int(i)) for i in filled],
                 keys is None,
             )
