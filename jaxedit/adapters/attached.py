@@ -21,6 +21,7 @@ _HOMES = {
     "Cache": "caching",
     "GraceState": "grace",
     "MeloState": "melo",
+    "RepState": "rep_adaptors",
     "WiseState": "wise",
 }
 

@@ -80,11 +80,11 @@ def withdrawn(owner: jax.Array, edits: Collection[int]) -> np.ndarray:
     return np.isin(np.asarray(owner), list(edits))
 
 
-def append(old: dict[str, jax.Array] | None, new: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def append(old: dict[str, jax.Array] | None, new: dict[str, jax.Array], least: int = ROOM) -> dict[str, jax.Array]:
     """Columns of rows, ``new`` behind those of ``old`` that are in use; "owner" is one of them.
 
-    There is room for up to half as many rows again, so that the same programs serve a growing number. Where the old
-    columns have room left behind their last row, new rows go there and old ones keep their places.
+    There is room for up to half as many rows again, and for `least`, so that the same programs serve a growing number.
+    Where the old columns have room left behind their last row, new rows go there and old ones keep their places.
     """
     n = len(new["owner"])
     owner = np.zeros(0, np.int32) if old is None else np.asarray(old["owner"])
@@ -92,7 +92,7 @@ def append(old: dict[str, jax.Array] | None, new: dict[str, jax.Array]) -> dict[
     end = int(kept[-1]) + 1 if len(kept) else 0
     if old is not None and end + n <= len(owner):
         return {name: x.at[end : end + n].set(new[name]) for name, x in old.items()}
-    size = bucket(len(kept) + n, ROOM)
+    size = bucket(len(kept) + n, least)
     made = {}
     for name, x in new.items():
         room = jnp.full((size, *x.shape[1:]), FREE if name == "owner" else 0, x.dtype)

@@ -1,0 +1,298 @@
+"""How REP's adaptors are trained: the texts, the keys read from them, and the steps. See `jaxedit.adapters.rep`.
+
+A layer's keys do not depend on its own adaptors. So a text is run once up to the layer, only the keys are kept, and all
+steps are products of small matrices, for many edits at once. For a higher layer the texts' states go on from there,
+with the adaptors below in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from jaxedit.adapters.rep_adaptors import Adaptor, RepState, opens
+from jaxedit.data.queries import RobustQueries
+from jaxedit.data.subject_forms import SubjectPrompt
+from jaxedit.data.tokens import encode, token_at
+from jaxedit.errors import JaxEditError
+from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad
+from jaxedit.models.config import ModelConfig
+from jaxedit.models.layers import wide
+from jaxedit.models.transformer import Context, Decoder, Params, embed, layer, run, to_key, window_of
+
+if TYPE_CHECKING:
+    from jaxedit.adapters.rep import Rep
+
+_BATCH_TOKENS = 8192
+LOSSES = ("alignment", "consistency", "negative")
+
+
+def training_prompts(prompt: SubjectPrompt, queries: RobustQueries, templates: Sequence[str]) -> list[SubjectPrompt]:
+    """The prompt as it is; then in each of the other `templates`, after each long context of the domain, and with each
+    other form of the subject in each template. templates: "{}" first."""
+    long, *forms = (queries.prompts(prompt, kind, "in_domain") for kind in ("long", "rephrase", "shuffle"))
+    others = [other for some in forms for other in some]
+    return [
+        *(in_template(prompt, template) for template in templates),
+        *long,
+        *(in_template(other, template) for other in others for template in templates),
+    ]
+
+
+def in_template(prompt: SubjectPrompt, template: str) -> SubjectPrompt:
+    """A prompt in a template that holds one "{}"."""
+    before, after = template.split("{}")
+    return SubjectPrompt(before + prompt.prompt + after, prompt.subject, len(before) + (prompt.start or 0))
+
+
+class Text(NamedTuple):
+    """Tokens up to the subject's last one, and the place of another one before the subject; -1 where none is."""
+
+    tokens: tuple[int, ...]
+    other: int
+
+
+def to_text(tokenizer, prompt: SubjectPrompt, share: float) -> Text:
+    """share: from 0 to below 1, how far from the row's beginning to the subject the other token lies."""
+    ids, offsets = encode(tokenizer, prompt.prompt)
+    start, last = (token_at(tokenizer, prompt.prompt, ids, offsets, at) for at in (prompt.start or 0, prompt.end))
+    return Text(tuple(ids[: last + 1]), int(share * start) if start else -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What n edits read and train on. texts; owner: int ``[texts]``, the edit of each; bare: bool ``[texts]``, whether
+    its key is read without adaptors below. As indices of texts: pool ``[n, steps, batch]``, clean ``[n]``, and anchors
+    ``[n, templates]``, the prompt in every template, or ``[n, 0]`` where that is not asked for."""
+
+    texts: list[Text]
+    owner: np.ndarray
+    bare: np.ndarray
+    pool: np.ndarray
+    clean: np.ndarray
+    anchors: np.ndarray
+
+
+def make_plan(
+    settings: Rep,
+    tokenizer,
+    prompts: Sequence[SubjectPrompt],
+    queries: Sequence[RobustQueries],
+    templates: Sequence[str],
+    seeds: Sequence[tuple[int, int]],
+    anchored: bool,
+) -> Plan:
+    """Draw each edit's texts, with its own of `seeds`: its pool in an order of its own, and again, a batch a step. Only
+    texts that are drawn are read. Raises JaxEditError where an edit has nothing to train on."""
+    texts: list[Text] = []
+    owner, bare, pools, clean, anchors = [], [], [], [], []
+    for i, (prompt, some, seed) in enumerate(zip(prompts, queries, seeds, strict=True)):
+        rng = np.random.default_rng(seed)
+        every = training_prompts(prompt, some, templates)
+        if len(every) == 1:
+            raise JaxEditError(f"subject {prompt.subject!r} has no other texts to train on: no queries, no prefixes")
+        order = drawn(rng, len(every) - 1, settings.steps * settings.batch) + 1
+        place = {at: len(texts) + j for j, at in enumerate(dict.fromkeys([0, *order.tolist()]))}
+        texts += [to_text(tokenizer, every[at], rng.random()) for at in place]
+        clean.append(place[0])
+        pools.append([place[at] for at in order.tolist()])
+        alone = [to_text(tokenizer, in_template(prompt, t), 0.0) for t in templates] if anchored else []
+        anchors.append(len(texts) + np.arange(len(alone)))
+        texts += alone
+        owner += [i] * (len(place) + len(alone))
+        bare += [False] * len(place) + [True] * len(alone)
+    shape = (len(prompts), settings.steps, settings.batch)
+    pool = np.asarray(pools).reshape(shape)
+    return Plan(texts, np.asarray(owner), np.asarray(bare), pool, np.asarray(clean), np.asarray(anchors))
+
+
+def drawn(rng: np.random.Generator, pool: int, count: int) -> np.ndarray:
+    """int ``[count]``: the pool in an order of its own, and in another one when it is at its end."""
+    return np.concatenate([rng.permutation(pool) for _ in range(-(-count // pool))])[:count]
+
+
+class Part(NamedTuple):
+    """Texts in one batch: their indices, hidden states ``[b, s, d_model]``, mask, the places ``[b, 2]`` read from, and
+    parameters with what acts on these rows."""
+
+    index: list[int]
+    h: jax.Array
+    mask: np.ndarray
+    places: np.ndarray
+    params: Params
+
+
+def enter(model: Decoder, texts: Sequence[Text], with_rows: Callable[[np.ndarray], Params], first: int) -> list[Part]:
+    """Texts run up to layer `first`. with_rows: indices of texts in a batch -> the parameters for it."""
+    parts = []
+    for batch in batches([(bucket(len(t.tokens), MIN_LENGTH),) for t in texts], _BATCH_TOKENS):
+        some = batch.take(texts)
+        tokens, mask = pad([t.tokens for t in some], batch.shape[0])
+        places = np.asarray([(len(t.tokens) - 1, max(t.other, 0)) for t in some], np.int32)
+        params = with_rows(np.asarray(batch.take(range(len(texts)))))
+        h = _enter(params, model.config, tokens, mask, first)
+        parts.append(Part(batch.index, h, mask, places, params))
+    return parts
+
+
+def keys_at(parts: Sequence[Part], config: ModelConfig, index: int, n: int) -> np.ndarray:
+    """Keys ``[n, 2, d_ff]`` of layer `index`, which the parts' states enter: at the subject's last token, and at the
+    other one; float32 (float64)."""
+    found: np.ndarray | None = None
+    for part in parts:
+        keys = np.asarray(_keys(part.params, config, part.h, part.mask, part.places, index))
+        found = np.zeros((n, *keys.shape[1:]), keys.dtype) if found is None else found
+        found[part.index] = keys[: len(part.index)]
+    assert found is not None
+    return found
+
+
+def go_on(parts: Sequence[Part], config: ModelConfig, state: RepState, rows: np.ndarray, stop: int) -> list[Part]:
+    """The parts run from the layer of `state`, with its adaptors in place, to layer `stop`. rows: of each text, the
+    edit whose adaptor acts on it, or -1."""
+    (start,), made = state.layers, []
+    for part in parts:
+        mine = np.full(len(part.h), -1, np.int32)
+        mine[: len(part.index)] = rows[part.index]
+        adapters = (*part.params.get("adapters", ()), state.for_rows(mine))
+        h = _run(part.params | {"adapters": adapters}, config, part.h, part.mask, start, stop)
+        made.append(part._replace(h=h))
+    return made
+
+
+@partial(jax.jit, static_argnames=("config", "first"))
+def _enter(params: Params, config: ModelConfig, tokens, mask, first: int):
+    context = Context.of_mask(mask)
+    return run(params, config, embed(params, config, tokens, context), context, 0, first)
+
+
+@partial(jax.jit, static_argnames=("config", "index"))
+def _keys(params: Params, config: ModelConfig, h, mask, places, index: int):
+    _, key, _, _ = to_key(layer(params, index), config, h, Context.of_mask(mask), window_of(config, index))
+    return jnp.take_along_axis(key, places[..., None], 1).astype(wide(key.dtype))
+
+
+@partial(jax.jit, static_argnames=("config", "start", "stop"))
+def _run(params: Params, config: ModelConfig, h, mask, start: int, stop: int):
+    return run(params, config, h, Context.of_mask(mask), start, stop)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """What n edits are trained on in one layer. pool ``[n, steps, batch, d_ff]``; clean ``[n, d_ff]``, of the prompt as
+    it is; target ``[n, d_ff]``, of length 1; other ``[n, steps, batch, d_ff]``, at tokens where gates should stay
+    closed, where real ``[n, steps, batch]`` is 1."""
+
+    pool: Any
+    clean: Any
+    target: Any
+    other: Any
+    real: Any
+
+
+@partial(jax.jit, static_argnames=("width", "rank"))
+def initial(keys: jax.Array, like: jax.Array, width: int, rank: int) -> Adaptor:
+    """An adaptor for each random key ``[n]``, for keys like ``[…, d_ff]``: uniform within ``1/sqrt(inputs)``, and the
+    projection's second matrix 0."""
+    d, dtype = like.shape[-1], like.dtype
+
+    def one(key):
+        def uniform(i, shape, inputs):
+            return jax.random.uniform(jax.random.fold_in(key, i), shape, dtype, -(inputs**-0.5), inputs**-0.5)
+
+        return Adaptor(
+            down=uniform(0, (rank, d), d),
+            up=jnp.zeros((d, rank), dtype),
+            into=uniform(1, (width, d), d),
+            bias=uniform(2, (width,), d),
+            out=uniform(3, (width,), width),
+            shift=uniform(4, (), width),
+        )
+
+    return jax.vmap(one)(keys)
+
+
+class Rates(NamedTuple):
+    """Numbers of `Rep` for which nothing is compiled anew."""
+
+    lr: Any
+    dropout: Any
+    consistency: Any
+    negative: Any
+
+    @classmethod
+    def of(cls, settings: Rep, dtype) -> Rates:
+        return cls(*(jnp.asarray(getattr(settings, name), dtype) for name in cls._fields))
+
+
+def losses(adaptor: Adaptor, dropout, pool, clean, target, other, real, key):
+    """The three terms ``[3]`` of one edit (see `LOSSES`). pool, other ``[batch, d_ff]``; key: of the dropout."""
+    rows = jnp.concatenate([pool, clean[None]])
+    kept = jax.random.bernoulli(key, 1 - dropout, rows.shape)
+    entered = jnp.where(kept, rows / (1 - dropout), 0)
+    moved = rows + jax.nn.sigmoid(adaptor.gate(rows))[:, None] * adaptor.projection(entered)
+    shut = jax.nn.softplus(adaptor.gate(other)) * real
+    return jnp.stack(
+        [
+            -cosine(moved[:-1], target).mean(),
+            jnp.mean((moved[-1] - clean) ** 2),
+            shut.sum() / jnp.maximum(real.sum(), 1),
+        ]
+    )
+
+
+def cosine(keys, target):
+    """Of keys ``[…, d_ff]`` with a direction of length 1."""
+    return jnp.matmul(keys, target, precision="highest") / jnp.linalg.norm(keys, axis=-1)
+
+
+@jax.jit
+def train(rates: Rates, start: Adaptor, keys: Keys, random: jax.Array) -> tuple[Adaptor, jax.Array]:
+    """Adam's steps for n edits at once. random ``[n]``: of the dropout. Returns the adaptors, and the three terms
+    before each step ``[n, steps, 3]``. Float32 (float64)."""
+    weights = jnp.stack([jnp.ones_like(rates.lr), rates.consistency, rates.negative])
+    rule = optax.adam(rates.lr)
+
+    def total(adaptors, pool, other, real, random):
+        each = jax.vmap(losses, in_axes=(0, None, *[0] * 6))(
+            adaptors, rates.dropout, pool, keys.clean, keys.target, other, real, random
+        )
+        return jnp.sum(each @ weights), each
+
+    def step(carry, now):
+        adaptors, moments = carry
+        number, pool, other, real = now
+        fresh = jax.vmap(lambda key: jax.random.fold_in(key, number))(random)
+        grad, each = jax.grad(total, has_aux=True)(adaptors, pool, other, real, fresh)
+        change, moments = rule.update(grad, moments, adaptors)
+        adaptors = jax.tree.map(jnp.add, adaptors, change)
+        return (adaptors, moments), each
+
+    by_step = tuple(jnp.moveaxis(x, 1, 0) for x in (keys.pool, keys.other, keys.real))
+    (made, _), log = lax.scan(step, (start, rule.init(start)), (jnp.arange(len(by_step[0])), *by_step))
+    return made, jnp.moveaxis(log, 0, 1)
+
+
+@jax.jit
+def outcome(tau, adaptors: Adaptor, keys: Keys) -> jax.Array:
+    """``[n, 4]`` of n edits, as they act: the mean cosine of the pool's keys with the target before and after; the
+    share of their gates that are open; and how far the clean key is moved, relative to it."""
+
+    def one(adaptor: Adaptor, pool, clean, target):
+        rows = jnp.concatenate([pool.reshape(-1, pool.shape[-1]), clean[None]])
+        is_open = opens(adaptor.gate(rows), tau)
+        moved = jnp.where(is_open[:, None], rows + adaptor.projection(rows), rows)
+        drift = jnp.linalg.norm(moved[-1] - clean) / jnp.linalg.norm(clean)
+        before, after = (cosine(x[:-1], target).mean() for x in (rows, moved))
+        return jnp.stack([before, after, is_open[:-1].mean(), drift])
+
+    return jax.vmap(one)(adaptors, keys.pool, keys.clean, keys.target)
