@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from jaxedit.adapters.grace import Grace
     from jaxedit.adapters.ireva import IReVa
     from jaxedit.adapters.melo import Melo
+    from jaxedit.adapters.rep import Rep
     from jaxedit.adapters.wise import Wise
+    from jaxedit.adapting import add_rep
     from jaxedit.analysis.jacobian import average_jacobian, jacobian, passive, stretch
     from jaxedit.analysis.key_bounds import Bounds, agreement, edit_bounds, verdicts_found
     from jaxedit.analysis.key_neighbours import nearest_prefixes
@@ -109,7 +111,9 @@ _MODULES = {
     "adapters.grace": "Grace",
     "adapters.ireva": "IReVa",
     "adapters.melo": "Melo",
+    "adapters.rep": "Rep",
     "adapters.wise": "Wise",
+    "adapting": "add_rep",
     "analysis.jacobian": "average_jacobian jacobian passive stretch",
     "analysis.key_bounds": "Bounds agreement edit_bounds verdicts_found",
     "analysis.key_neighbours": "nearest_prefixes",
@@ -211,6 +215,7 @@ __all__ = [
     "PerplexityProbe",
     "Premises",
     "RelativeSparsify",
+    "Rep",
     "Report",
     "RequestError",
     "Ridge",
@@ -233,6 +238,7 @@ __all__ = [
     "Walk",
     "Wise",
     "adapters_of",
+    "add_rep",
     "agreement",
     "apply_edits",
     "apply_groups",

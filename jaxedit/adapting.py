@@ -10,7 +10,9 @@ import numpy as np
 
 from jaxedit.adapters.attached import adapters_of, attach, detach
 from jaxedit.adapters.editors import Editor, describe_editor, state_of
+from jaxedit.adapters.rep import Rep, rep_for
 from jaxedit.chances import probabilities
+from jaxedit.data.queries import RobustQueries, robust_queries
 from jaxedit.data.tokens import CLEAN, validate
 from jaxedit.errors import JaxEditError
 from jaxedit.export.patch import adapter_patch, make_patch, with_matrices
@@ -76,6 +78,54 @@ def adapted(
         chances = [probabilities(m.params, m.config, edits) for m in (before, after)]
     info = _info(editor, chances, clock, trace)
     return EditResult(after, patch, info, None, {}, None)
+
+
+def add_rep(
+    result: EditResult,
+    tokenizer,
+    queries: Sequence[RobustQueries] | None = None,
+    rep: Rep | None = None,
+    *,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> EditResult:
+    """REP's adaptors for the edits that a result has written into weights; its patch then holds both.
+
+    queries: of each request, of which those in domain are trained on; None for what rules and the packaged corpus make,
+        with texts of 512 tokens before the prompt, or of half the model's context where that is less.
+    rep: settings; None for the model's preset. on_progress is told of "adaptors".
+    Raises JaxEditError where the result is not of a method that solves for weights with second moments, or its model
+    has adapters already; RequestError where a request or a text does not fit the model.
+    """
+    method, requests, edited = result.info.solved, result.patch.requests, result.model
+    refuse_adapters(edited, "add REP's adaptors")
+    if result.stats is None:
+        raise JaxEditError("REP needs the second moments that the edits were solved with, and the result has none")
+    clock = Clock()
+    rep = rep_for(edited.config) if rep is None else rep
+    with clock("rep"):
+        if queries is None:
+            length = min(512, edited.config.max_positions // 2)
+            queries = robust_queries(tokenizer, requests, context_tokens=length, seed=seed)
+        keys = {l: np.asarray(result.keys[l])[-len(requests) :] for l in method.layers}
+        state: Any
+        state, trace = rep.edit(
+            *(edited, tokenizer, requests),
+            layers=method.layers,
+            stats=result.stats,
+            queries=queries,
+            keys=keys,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    adapted_model = attach(edited, state)
+    with clock("probabilities"):
+        edits = validate(tokenizer, requests, CLEAN, edited.config.max_positions)
+        after = probabilities(adapted_model.params, edited.config, edits)
+    seconds = {**result.info.seconds, **clock.seconds}
+    info = dataclasses.replace(result.info, trace=trace, probability_after=after, seconds=seconds)
+    patch = dataclasses.replace(result.patch, adapters=(state,))
+    return dataclasses.replace(result, model=adapted_model, patch=patch, info=info)
 
 
 def tune(

@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxedit.adapters.editors import Editor, editor_of
-from jaxedit.adapting import edit_with, host_of, tune
+from jaxedit.adapting import add_rep, edit_with, host_of, tune
 from jaxedit.chances import probabilities
 from jaxedit.config import BackwardSpread, Method, PerLayer
 from jaxedit.data.templates import sample_templates
@@ -27,7 +28,7 @@ from jaxedit.models.sites import refuse_adapters
 from jaxedit.models.transformer import Decoder
 from jaxedit.passes import Clock, Grouping, Passes
 from jaxedit.plain import describe
-from jaxedit.presets import resolve
+from jaxedit.presets import REP, resolve
 from jaxedit.result import EditResult
 from jaxedit.sharding import mesh_of
 from jaxedit.solvers.prepare import Prepared, prepare, protect_keys
@@ -60,7 +61,7 @@ def apply_edits(
     method: a name (of METHODS, EDITORS or TUNERS; see `jaxedit.presets`) or settings: a `Method`, which is solved for
         the weights of some layers; an editor that adds parameters, such as `IReVa`; or a `FineTune` or `LoraEditor`.
         To the latter two stats, targets, templates, factor and anchor_cache mean nothing. layers: instead of the
-        method's.
+        method's. A name of METHODS with "+rep", as in "rome+rep", adds REP's adaptors to that: see `jaxedit.add_rep`.
     stats: second moments of the keys at those layers, by default computed from the packaged corpus and cached.
     targets: made earlier by `targets` or elsewhere; by default found here. With PerLayer they may cover only some
         layers, and the others are found on the model as edited so far. templates: context templates, "{}"
@@ -78,6 +79,10 @@ def apply_edits(
     method, layers, statistics or targets do not fit the model. Nothing is changed in that case.
     """
     requests = tuple(requests)
+    if isinstance(method, str) and method.endswith(REP):
+        given = (model, tokenizer, requests, method.removesuffix(REP), layers, stats, targets, templates)
+        how: dict[str, Any] = {"seed": seed, "on_progress": on_progress}
+        return add_rep(apply_edits(*given, factor=factor, anchor_cache=anchor_cache, **how), tokenizer, **how)
     config = host_of(model).config
     editor, tuner = editor_of(method, config, layers), tuner_of(method, config, layers)
     if editor is not None or tuner is not None:

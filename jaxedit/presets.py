@@ -75,6 +75,7 @@ RECIPES: dict[str, Recipe] = {
 }
 METHODS = tuple(RECIPES)
 EDITORS = ("ireva", "cache", "grace", "melo", "wise")  # that add parameters: see `jaxedit.adapters.editors`
+REP = "+rep"  # behind the name of a method: with REP's adaptors, see `jaxedit.adapting.add_rep`
 TUNERS = ("ft", "ft_l", "ft_m", "lora")  # that descend on the edits themselves: see `jaxedit.tuning.named`
 
 
@@ -198,7 +199,8 @@ def method_for(name: str, config: ModelConfig, layers: tuple[int, ...] | None = 
         meant = f"; did you mean {near[0]!r}?" if near and near[0] != known else ""
         raise JaxEditError(
             f"unknown method {name!r}{meant}\nknown, also followed by '+fe': {', '.join(METHODS)}\n"
-            f"adding parameters: {', '.join(EDITORS)}\nfine-tuning: {', '.join(TUNERS)}"
+            f"with REP's adaptors: any of these followed by '{REP}'\nadding parameters: {', '.join(EDITORS)}\n"
+            f"fine-tuning: {', '.join(TUNERS)}"
         )
     found = preset_name(config)
     if found is None and layers is None:

@@ -51,6 +51,7 @@ from jaxedit.layer_loop import Progress
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import wide
 from jaxedit.models.transformer import Decoder
+from jaxedit.presets import preset_name
 from jaxedit.solvers.factors import Factor
 from jaxedit.statistics import SecondMoments
 from jaxedit.types import EditRequest
@@ -231,6 +232,11 @@ class Rep:
                 parts = go_on(parts, config, state, np.where(plan.bare, -1, plan.owner), above)
         stacked = jax.tree.map(lambda *x: jnp.stack(x, 1), *found)
         return stacked, {name: np.stack([np.asarray(t[name]) for t in traces], 1) for name in traces[0]}
+
+
+def rep_for(config: ModelConfig) -> Rep:
+    """The settings for a model, or the published ones."""
+    return Rep(**PRESETS.get(preset_name(config) or "", {}))
 
 
 def _given(plan: Plan, read: np.ndarray, direction: np.ndarray) -> Keys:

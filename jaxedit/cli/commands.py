@@ -58,7 +58,7 @@ from jaxedit.cli.options import (
     argument,
 )
 from jaxedit.errors import JaxEditError
-from jaxedit.presets import EDITORS, METHODS, TUNERS
+from jaxedit.presets import EDITORS, METHODS, REP, TUNERS
 
 if TYPE_CHECKING:
     from jaxedit import EditResult, Report
@@ -91,9 +91,8 @@ def edit(
     method: Annotated[
         str | None,
         typer.Option(
-            help=f"One of {', '.join(METHODS)}; or one with +fe; adding parameters, {', '.join(EDITORS)}; "
-            f"or fine-tuning, {', '.join(TUNERS)}. "
-            "[default: fe, or what the preset is for]"
+            help=f"One of {', '.join(METHODS)}; or one with +fe, +rep or both; adding parameters, "
+            f"{', '.join(EDITORS)}; or fine-tuning, {', '.join(TUNERS)}. [default: fe, or what the preset is for]"
         ),
     ] = None,
     layers: Layers = None,
@@ -154,6 +153,8 @@ def edit(
         import jaxedit as je
         from jaxedit.distributed import is_first, meet
 
+        rep = method is not None and method.endswith(REP)
+        method = method.removesuffix(REP) if method is not None and rep else method
         if preset is None:
             recipe = named_method(method or "fe", decoder, chosen)
         else:
@@ -179,6 +180,9 @@ def edit(
                 result = je.apply_edits(
                     *(decoder, tokenizer, facts, recipe), stats=moments, seed=seed, on_progress=work.reporter()
                 )
+        if rep:
+            with work.stage("REP"):
+                result = je.add_rep(result, tokenizer, seed=seed, on_progress=work.reporter())
         if patch is not None and is_first():
             result.patch.save(patch)
         if to is not None and is_first():

@@ -139,9 +139,9 @@ def with_settings(method: Method | Editor | Tuner, settings: Sequence[str]) -> M
 
 def refuse_out(to: Path | None, method: str):
     """A Hugging Face directory has no place for what an editor adds."""
-    from jaxedit.presets import EDITORS
+    from jaxedit.presets import EDITORS, REP
 
-    if to is not None and method in EDITORS:
+    if to is not None and (method in EDITORS or method.endswith(REP)):
         raise JaxEditError(f"--out: {method} adds parameters, which a Hugging Face model has no place for; use --patch")
 
 

@@ -158,6 +158,25 @@ def test_fine_tuning(host, name, tmp_path):
         je.apply_edits(model, tokenizer, requests, name, templates=("{}",))
 
 
+def test_an_edit_with_rep(host, tmp_path):
+    """Weights and adaptors in one patch; with all gates shut it is the host's edit."""
+    model, tokenizer, requests = host
+    plain = je.apply_edits(model, tokenizer, requests[:2], FE)
+    queries = je.robust_queries(tokenizer, requests[:2], n=2, context_tokens=16)
+    result = je.add_rep(plain, tokenizer, queries, je.Rep(steps=2, samples=1, prefixes=(5,)))
+    (state,) = result.patch.adapters
+    assert state.layers == FE.layers and result.info.trace["open"].shape == (2, 2)
+    patch = je.EditPatch.load(result.patch.save(tmp_path / "one.jaxedit"))
+    again = je.apply_patch(model, patch)
+    assert same_bits(said(again, tokenizer, requests), said(result.model, tokenizer, requests))
+    shut = attach(plain.model, dataclasses.replace(state, tau=1.0 + state.tau * 0))
+    assert same_bits(said(shut, tokenizer, requests), said(plain.model, tokenizer, requests))
+    back = je.withdraw_patch(again, patch)
+    assert same_bits(said(back, tokenizer, requests), said(model, tokenizer, requests))
+    with pytest.raises(JaxEditError, match="has adapters"):
+        je.add_rep(result, tokenizer, queries)
+
+
 def test_editors_as_plain_data(host):
     config = host[0].config
     for name in EDITORS:
