@@ -22,7 +22,7 @@ def plot_robustness(reports: Mapping[str, Robustness], path) -> Path:
     """
     path = figure_path(path)
     figure = new_figure(max(8.0, 1.2 * len(reports) + 6), 7)
-    columns = ("whole\nprompt", "neighbours\n(agreement)", *(_NAMES[kind] for kind in KINDS))
+    columns = ("prompt\nitself", "neighbours\n(agreement)", *(_NAMES[kind] for kind in KINDS))
     width = 0.8 / max(len(reports), 1)
     for axes, half in zip(figure.subplots(2, 1, sharex=True, sharey=True), HALVES, strict=True):
         cells = ("success", "locality", *(f"{kind}_{half}" for kind in KINDS))
