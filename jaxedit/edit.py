@@ -162,10 +162,13 @@ def find_targets(
     layers: Sequence[int] | None = None,
     templates=None,
     *,
+    anchor_cache: Path | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Targets:
     """Anchors and per-layer targets on the model as it is, without editing: see `apply_edits` and `Targets`.
+
+    The targets of one edit, ``found.take([i])``, are what it would get alone.
 
     With PerLayer (BLUE) each layer's anchor is found on the unedited model here, while `apply_edits` finds the
     later ones on the model as edited so far.
@@ -174,7 +177,8 @@ def find_targets(
     templates = check_templates(sample_templates(model, tokenizer, seed) if templates is None else templates)
     edits = validate(tokenizer, tuple(requests), templates, model.config.max_positions)
     contexts = template_weights(templates, method.key_average)
-    return make_targets(model.params, model.config, edits, method, contexts, anchor_progress(on_progress, edits))
+    report = anchor_progress(on_progress, edits)
+    return make_targets(model.params, model.config, edits, method, contexts, report, anchor_cache)
 
 
 def _check_targets(targets: Targets | None, method: Method, n: int, config: ModelConfig):

@@ -37,6 +37,11 @@ def bucket(n: int, least: int = 1) -> int:
     return power * 3 // 4 if power >= 32 and n <= power * 3 // 4 else power
 
 
+def row_length(n: int) -> int:
+    """The length that a row of `n` tokens is padded to: a `bucket`, and beyond 128 a multiple of 32."""
+    return bucket(n, MIN_LENGTH) if n <= 128 else -(-n // 32) * 32
+
+
 def batches(shapes: Sequence[tuple[int, ...]], budget: int, shards: int = 1) -> list[Batch]:
     """Group items of equal (already bucketed) shape.
 

@@ -16,9 +16,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from jaxedit.adapters.rows import NOTHING, last_places
 from jaxedit.data.tokens import Memo, spaced, target_ids
 from jaxedit.errors import RequestError
-from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, chunk, pad
+from jaxedit.evaluation.batching import batches, bucket, chunk, pad, row_length
 from jaxedit.evaluation.specificity import check_models
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.transformer import Context, Decoder, Params, embed, run, unembed
@@ -56,7 +57,7 @@ def predict(
     Raises JaxEditError where the models cannot be compared, RequestError naming every pair that cannot be run.
     """
     check_models(base, edited, tokenizer)
-    tokens = _tokenise(tokenizer, pairs, base.config.max_positions)
+    tokens = tokenise(tokenizer, pairs, base.config.max_positions)
     rows = [(prompt + answer[:-1], len(answer)) for prompt, answer in tokens]
     ours, theirs = likeliest((base, edited), rows, batch_tokens)
     answers = (np.asarray(answer, np.int32) for _, answer in tokens)
@@ -64,74 +65,85 @@ def predict(
 
 
 def likeliest(
-    models: Sequence[Decoder], rows: Sequence[tuple[Ids, int]], batch_tokens: int = 8192
+    models: Sequence[Decoder],
+    rows: Sequence[tuple[Ids, int]],
+    batch_tokens: int = 8192,
+    own: Sequence[int] | None = None,
 ) -> list[list[np.ndarray]]:
     """For each model and row ``(tokens, n)``: the likeliest token after each of the row's last n, int32 ``[n]``.
 
-    The models share one architecture and one mesh.
+    The models share one architecture and one mesh. own: which edit each row has, for adapters that hold edits which do
+    not know of each other (those with `for_rows`); by default none.
     """
     adapted = any(model.params.get("adapters") for model in models)
-    kept, home = _apart(rows) if adapted else _merged(rows)
+    own = [NOTHING] * len(rows) if own is None else own
+    kept, home, edits = _apart(rows, own) if adapted else _merged(rows)
     config, mesh = models[0].config, mesh_of(models[0].params)
-    shapes = [(bucket(len(ids), MIN_LENGTH), bucket(len(ids) - start)) for ids, start in kept]
+    shapes = [(row_length(len(ids)), bucket(n)) for ids, n in kept]
     queued = []
     for batch in batches(shapes, batch_tokens, data_shards(mesh)):
-        some = batch.take(kept)
-        length, width = batch.shape
-        at = np.stack([np.minimum(start + np.arange(width), len(ids) - 1) for ids, start in some]).astype(np.int32)
-        placed = place_rows((*pad([ids for ids, _ in some], length), at), mesh)
+        some, (length, width) = batch.take(kept), batch.shape
+        which = np.asarray(batch.take(edits), np.int32)
+        placed = place_rows((*pad([ids for ids, _ in some], length), last_places(some, width), which), mesh)
         queued.append((batch.index, [_likeliest(model.params, config, *placed, mesh) for model in models]))
     found: list[dict[int, np.ndarray]] = [{} for _ in models]
     for index, sides in jax.device_get(queued):
         for mine, side in zip(found, sides, strict=True):
             mine |= zip(index, side, strict=False)
 
-    def of(mine: dict[int, np.ndarray], ids: Ids, n: int) -> np.ndarray:
-        i = home[ids, n]
-        end = len(ids) - kept[i][1]
-        return mine[i][end - n : end]
+    def of(mine: dict[int, np.ndarray], at: int, ids: Ids, n: int) -> np.ndarray:
+        longest, asked = kept[at]
+        end = len(ids) - len(longest) + asked
+        return mine[at][end - n : end]
 
-    return [[of(mine, ids, n) for ids, n in rows] for mine in found]
-
-
-def _apart(rows: Sequence[tuple[Ids, int]]) -> tuple[list[tuple[Ids, int]], dict[tuple[Ids, int], int]]:
-    """As `_merged`, for adapters, to whom it matters where a prompt ends: rows that differ in it stay apart."""
-    home = {row: i for i, row in enumerate(dict.fromkeys(rows))}
-    return [(ids, len(ids) - n) for ids, n in home], home
+    return [[of(mine, at, *row) for at, row in zip(home, rows, strict=True)] for mine in found]
 
 
-def _merged(rows: Sequence[tuple[Ids, int]]) -> tuple[list[tuple[Ids, int]], dict[tuple[Ids, int], int]]:
-    """Rows to run, as (tokens, first place asked for), and in which of them each given row lies."""
+def _apart(rows: Sequence[tuple[Ids, int]], own: Sequence[int]) -> tuple[list[tuple[Ids, int]], list[int], list[int]]:
+    """As `_merged`, for adapters, to whom it matters where a prompt ends: rows that differ in it or in their edit stay
+    apart."""
+    given = list(zip(rows, own, strict=True))
+    home = {pair: i for i, pair in enumerate(dict.fromkeys(given))}
+    return [row for row, _ in home], [home[pair] for pair in given], [edit for _, edit in home]
+
+
+def _merged(rows: Sequence[tuple[Ids, int]]) -> tuple[list[tuple[Ids, int]], list[int], list[int]]:
+    """Rows to run, as (tokens, how many of the last are asked about), in which of them each given row lies, and the
+    edit of each that is run: none."""
     starts: dict[Ids, int] = {}
     for ids, n in rows:
         starts[ids] = min(starts.get(ids, len(ids)), len(ids) - n)
     kept: list[tuple[Ids, int]] = []
     home: dict[Ids, int] = {}
     for ids in sorted(starts, reverse=True):  # a row stands right behind those that begin with it
-        longest, start = kept[-1] if kept else ((), 0)
+        longest, n = kept[-1] if kept else ((), 0)
         if longest[: len(ids)] == ids:
-            kept[-1] = longest, min(start, starts[ids])
+            kept[-1] = longest, max(n, len(longest) - starts[ids])
         else:
-            kept.append((ids, starts[ids]))
+            kept.append((ids, len(ids) - starts[ids]))
         home[ids] = len(kept) - 1
-    return kept, {(ids, n): home[ids] for ids, n in rows}
+    return kept, [home[ids] for ids, _ in rows], [NOTHING] * len(kept)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
-def _likeliest(params: Params, config: ModelConfig, tokens, mask, at, mesh: Mesh | None = None):
-    """Right-padded ``tokens, mask [b, s]`` and places ``at [b, m]`` to the likeliest next tokens ``[b, m]``."""
+def _likeliest(params: Params, config: ModelConfig, tokens, mask, at, own, mesh: Mesh | None = None):
+    """Right-padded ``tokens, mask [b, s]``, places ``at [b, m]`` and edits ``own [b]`` to the likeliest next tokens
+    ``[b, m]``."""
 
-    def share(params, tokens, mask, at):
+    def share(params, tokens, mask, at, own):
+        if adapters := params.get("adapters"):
+            held = tuple(a.for_rows(own) if hasattr(a, "for_rows") else a for a in adapters)
+            params = {**params, "adapters": held}
         context = Context.of_mask(mask).ending(at[:, 0])  # the first place asked for is where the prompt ends
         h = run(params, config, embed(params, config, tokens, context), context, 0, config.n_layer)
         h = jnp.take_along_axis(h, at[..., None], 1).reshape(-1, h.shape[-1])
         best = lax.map(lambda x: unembed(params, config, x).argmax(-1), h, batch_size=chunk(len(h)))
         return best.reshape(at.shape).astype(jnp.int32)
 
-    return over_data(share, mesh)(params, tokens, mask, at)
+    return over_data(share, mesh)(params, tokens, mask, at, own)
 
 
-def _tokenise(tokenizer, pairs: Sequence[tuple[str, str]], most: int) -> list[tuple[Ids, Ids]]:
+def tokenise(tokenizer, pairs: Sequence[tuple[str, str]], most: int) -> list[tuple[Ids, Ids]]:
     """The tokens of every prompt and of the answer that continues it, or RequestError naming all that do not fit."""
     joined = [p + spaced(a) for p, a in pairs]
     memo = Memo(tokenizer, [p for p, _ in pairs] + joined)
@@ -140,10 +152,15 @@ def _tokenise(tokenizer, pairs: Sequence[tuple[str, str]], most: int) -> list[tu
         row = tuple(memo.known[prompt]), tuple(target_ids(memo, prompt, answer))
         size = sum(map(len, row))
         if not all(row):
-            problems.append(f"prompt {prompt!r} or its answer {answer!r} has no tokens")
+            problems.append(f"prompt {_short(prompt)} or its answer {answer!r} has no tokens")
         elif size > most:
-            problems.append(f"prompt {prompt!r} and its answer {answer!r} have {size} tokens; the model takes {most}")
+            where = f"prompt {_short(prompt)} and its answer {answer!r}"
+            problems.append(f"{where} have {size} tokens; the model takes {most}")
         tokens.append(row)
     if problems:
         raise RequestError(list(dict.fromkeys(problems)))
     return tokens
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) < 120 else f"…{text[-100:]}")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import load_tiny
@@ -16,10 +17,14 @@ from hypothesis import strategies as st
 import jaxedit as je
 from jaxedit.adapters.apart import Apart
 from jaxedit.adapters.rows import NOTHING
+from jaxedit.analysis.robustness_plots import plot_robustness
 from jaxedit.data.queries import HALVES, KINDS, read_rephrases, robust_queries
 from jaxedit.data.subject_forms import rephrased_forms
+from jaxedit.data.tokens import target_ids
 from jaxedit.errors import JaxEditError
-from jaxedit.export.patch import Delta, apply_patch, make_patch
+from jaxedit.evaluation.robustness import CELLS, evaluate_robustness, robustness_table
+from jaxedit.export.patch import Delta, add, apply_patch, make_patch, with_matrices
+from jaxedit.models.transformer import Context, embed, run
 from jaxedit.types import EditRequest
 
 CORPUS = [" ".join(f"word{i} number {i * i}," for i in range(400))]
@@ -30,7 +35,7 @@ def made(subject: str, before: str = "The home of", after: str = "is in") -> Edi
     return EditRequest(f"{before} {subject} {after}", subject, "Oslo")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     subject=st.lists(WORDS, min_size=1, max_size=4).map(" ".join),
     before=st.sampled_from(["The home of", "See the", "A"]),
@@ -109,19 +114,28 @@ EDITS = 3
 
 @pytest.fixture(scope="module")
 def alone(goldens):
-    """A float64 tiny-llama, edits of it that were each made alone, and all of them apart in one model."""
+    """A float64 tiny-llama, and edits of it that were each made alone: the last layer's keys at the target's tokens are
+    sent to their output rows, and something at random is added below."""
     with jax.enable_x64(True):
         model, tokenizer = je.load(goldens / "tiny-llama", dtype="float64")
         requests = je.read_requests(goldens / "tiny-llama" / "facts.json")[:EDITS]
+        start = requests[0].prompt.index("field")  # one token
+        requests[0] = dataclasses.replace(requests[0], subject="field", subject_start=start)
         rng, patches = np.random.default_rng(0), []
-        weights = model.params["blocks"]["down"]["w"]
+        weights, last = model.params["blocks"]["down"]["w"], model.config.n_layer - 1
         for i, request in enumerate(requests):
-            rank, layers = 1 + i % 2, (1, 2)[i % 2 :]
-            deltas = {
-                l: Delta(rng.normal(size=(weights.shape[1], rank)), rng.normal(size=(rank, weights.shape[2])) * 0.1)
-                for l in layers
-            }
-            patches.append(make_patch({}, [request], {l: np.asarray(weights[l]) for l in layers}, deltas)[0])
+            ids, target = tokenizer(request.prompt)["input_ids"], target_ids(tokenizer, request.prompt, request.target)
+            tokens = jnp.asarray([ids + target[:-1]])
+            context = Context.of_mask(jnp.ones_like(tokens))
+            h = embed(model.params, model.config, tokens, context)
+            keys = run(model.params, model.config, h, context, 0, last + 1, probe=lambda x: x.key)[1]
+            keys = np.asarray(keys[last, 0, len(ids) - 1 :])
+            values = np.asarray(model.params["unembed"]["w"])[target]
+            deltas = {last: Delta(np.linalg.pinv(keys), 10 * values / np.linalg.norm(values, axis=1, keepdims=True))}
+            if i:
+                some = rng.normal(size=(weights.shape[1], 3)), rng.normal(size=(3, weights.shape[2]))
+                deltas[1] = Delta(some[0], 0.01 * some[1])
+            patches.append(make_patch({}, [request], {l: np.asarray(weights[l]) for l in deltas}, deltas)[0])
         yield model, tokenizer, requests, patches
 
 
@@ -131,7 +145,7 @@ def test_apart_equals_models_edited_alone(alone):
     rows, ends = prompts_of(tokenizer, [*requests, *requests[:2]])
     own = [0, 1, 2, 2, NOTHING]
     apart = Apart.of(patches)
-    assert apart.left.shape[:2] == (EDITS, 2) and apart.left.shape[-1] == 2
+    assert apart.left.shape[:3] == (EDITS, 2, model.config.d_ff) and apart.layers == (1, model.config.n_layer - 1)
     found = logits(with_adapters(model, apart.for_rows(own)), rows, ends)
     models = {i: apply_patch(model, patch) for i, patch in enumerate(patches)} | {NOTHING: model}
     for row, end, i, out in zip(rows, ends, own, found, strict=True):
@@ -144,8 +158,66 @@ def test_apart_equals_models_edited_alone(alone):
     )
     with pytest.raises(JaxEditError, match="for_rows"):
         logits(with_adapters(model, apart), rows, ends)
-    dense = dataclasses.replace(patches[0], deltas={1: Delta(patches[0].deltas[1].dense())})
+    dense = dataclasses.replace(patches[1], deltas={1: Delta(patches[1].deltas[1].dense())})
     with pytest.raises(JaxEditError, match="patch 1 .* layers .1. are not in factors"):
         Apart.of([patches[0], dense])
     with pytest.raises(JaxEditError, match="no updates"):
         Apart.of([])
+
+
+def naive(model, tokenizer, base, requests, queries, contexts):
+    """Each query by itself, on the model of its request: one row, and its logits. By cell, a list for each request."""
+    found = {cell: [[] for _ in requests] for cell in CELLS}
+
+    def best(one, prompt, answer):
+        head, tail = tokenizer(prompt)["input_ids"], target_ids(tokenizer, prompt, answer)
+        (out,) = logits(one, [head + tail[:-1]], [len(head) - 1], 64)
+        return out[len(head) - 1 :].argmax(-1), np.asarray(tail)
+
+    for i, (request, some) in enumerate(zip(requests, queries, strict=True)):
+        before, after = request.prompt[: request.subject_start], request.prompt[request.subject_start :]
+        after = after[len(request.subject) :]
+        texts = {"success": [request.prompt]}
+        for half in HALVES:
+            texts[f"rephrase_{half}"] = [before + x + after for x in getattr(some.rephrase, half)]
+            texts[f"shuffle_{half}"] = [before + x + after for x in getattr(some.shuffle, half)]
+            texts[f"long_{half}"] = [f"{x} {request.prompt}" for x in getattr(some.long, half)][:contexts]
+        for cell, prompts in texts.items():
+            found[cell][i] = [float(all(np.equal(*best(model(i), p, request.target)))) for p in prompts]
+        for p in request.neighbourhood:
+            sides = (best(one, p, request.target_true)[0] for one in (base, model(i)))
+            found["locality"][i].append(float(np.mean(np.equal(*sides))))
+    return {cell: tuple(map(tuple, some)) for cell, some in found.items()}
+
+
+def test_evaluation_equals_a_loop(alone, tmp_path):
+    """Edits apart in one model, a list of models, and all edits in one model, against row by row."""
+    base, tokenizer, requests, patches = alone
+    queries = robust_queries(tokenizer, requests, n=4, context_tokens=16, seed=1)
+    models = [apply_patch(base, patch) for patch in patches]
+    wanted = naive(models.__getitem__, tokenizer, base, requests, queries, 1)
+    apart = with_adapters(base, Apart.of(patches))
+    arguments = (tokenizer, requests, queries)
+    report = evaluate_robustness(base, apart, *arguments, max_contexts=1)
+    assert report.found == wanted == evaluate_robustness(base, models, *arguments, max_contexts=1).found
+    rates, counts = report.rates, report.counts
+    assert rates["success"] == 1 and 0 < rates["rephrase_in_domain"] < 1 and 0 < rates["locality"] < 1
+    assert counts["shuffle_in_domain"] == 2 * (EDITS - 1) and wanted["shuffle_in_domain"][0] == ()
+    assert (counts["long_in_domain"], counts["success"]) == (EDITS, EDITS)
+    assert rates["rephrase_in_domain"] == np.mean(np.concatenate(wanted["rephrase_in_domain"]))
+    hits = np.concatenate(wanted["long_in_domain"])
+    assert np.isclose(report.errors["long_in_domain"], hits.std(ddof=1) / np.sqrt(EDITS))
+    every = base
+    for patch in patches:
+        weights = every.params["blocks"]["down"]["w"]
+        every = with_matrices(every, {l: add(np.asarray(weights[l]), d) for l, d in patch.deltas.items()})
+    together = evaluate_robustness(base, every, *arguments)
+    assert together.found == naive(lambda i: every, tokenizer, base, requests, queries, None) != wanted
+    with pytest.raises(JaxEditError, match="not asked the same queries"):
+        robustness_table({"alone": report, "together": together})
+    table = robustness_table({"alone": report, "again": report}).splitlines()
+    assert len(table) == 4 and table[1].split()[:2] == ["alone", "100.0"] and table[3].split()[1] == str(EDITS)
+    assert json.loads(json.dumps(report.to_dict()))["counts"] == counts
+    assert plot_robustness({"alone": report, "together": together}, tmp_path / "bars.png").stat().st_size > 1000
+    with pytest.raises(JaxEditError, match="3 requests .* do not go with .'queries': 2, 'models': 3"):
+        evaluate_robustness(base, models, tokenizer, requests, queries[:2])

@@ -58,10 +58,10 @@ def test_rows_that_others_begin_with_are_predicted_alike(decoder):
 @given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=5).map(tuple), min_size=1, max_size=12), st.data())
 def test_merged_rows_cover_all_and_none_begins_another(texts, data):
     rows = [(ids, data.draw(st.integers(1, len(ids)))) for ids in texts]
-    kept, home = _merged(rows)
-    for ids, n in rows:
-        longest, start = kept[home[ids, n]]
-        assert longest[: len(ids)] == ids and 0 <= start <= len(ids) - n
+    kept, home, _ = _merged(rows)
+    for at, (ids, n) in zip(home, rows, strict=True):
+        longest, asked = kept[at]
+        assert longest[: len(ids)] == ids and 0 <= len(longest) - asked <= len(ids) - n
     for ids, _ in kept:
         assert sum(longest[: len(ids)] == ids for longest, _ in kept) == 1
 
