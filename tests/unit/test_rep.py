@@ -22,6 +22,7 @@ from jaxedit.data.subject_forms import SubjectPrompt
 from jaxedit.data.tokens import CLEAN, validate
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.generation import continue_rows
+from jaxedit.evaluation.predictions import likeliest
 from jaxedit.export.patch import Delta, apply_patch, make_patch
 from jaxedit.layer_loop import edit_keys
 from jaxedit.types import EditRequest
@@ -234,7 +235,12 @@ def test_edits_apart_are_edits_alone(wide):
     own = [0, 1, 2, -1]
     found = logits(with_adapters(model, Apart.of(patches).for_rows(own), apart.for_rows(own)), rows, ends)
     hosts = [*(apply_patch(model, patch) for patch in patches), model]
+    both, one_model = with_adapters(model, Apart.of(patches), apart), with_adapters(model, apart)
+    asked = [(tuple(row), 1) for row in rows]
+    (said,), (joined,) = likeliest([both], asked, own=own), likeliest([one_model], asked)
+    everywhere = logits(one_model, rows, ends)
     for i, (row, end, host) in enumerate(zip(rows, ends, hosts, strict=True)):
+        assert said[i] == found[i][end].argmax() and joined[i] == everywhere[i][end].argmax()
         one = with_adapters(host, apart.without([j for j in range(3) if j != i]))
         wanted = logits(host if i == 3 else one, [row], [end], max(map(len, rows)))[0]
         np.testing.assert_allclose(found[i], wanted, rtol=0, atol=1e-9)
