@@ -72,18 +72,17 @@ def likeliest(
 ) -> list[list[np.ndarray]]:
     """For each model and row ``(tokens, n)``: the likeliest token after each of the row's last n, int32 ``[n]``.
 
-    The models share one architecture and one mesh. own: which edit each row has, for adapters that hold edits which do
-    not know of each other (those with `for_rows`); by default none.
+    The models share one architecture and one mesh. own: which edit each row has, for adapters that can hold edits which
+    do not know of each other (those with `for_rows`); by default they are left as they are.
     """
     adapted = any(model.params.get("adapters") for model in models)
-    own = [NOTHING] * len(rows) if own is None else own
-    kept, home, edits = _apart(rows, own) if adapted else _merged(rows)
+    kept, home, edits = _apart(rows, own or [NOTHING] * len(rows)) if adapted else _merged(rows)
     config, mesh = models[0].config, mesh_of(models[0].params)
     shapes = [(row_length(len(ids)), bucket(n)) for ids, n in kept]
     queued = []
     for batch in batches(shapes, batch_tokens, data_shards(mesh)):
         some, (length, width) = batch.take(kept), batch.shape
-        which = np.asarray(batch.take(edits), np.int32)
+        which = None if own is None else np.asarray(batch.take(edits), np.int32)
         placed = place_rows((*pad([ids for ids, _ in some], length), last_places(some, width), which), mesh)
         queued.append((batch.index, [_likeliest(model.params, config, *placed, mesh) for model in models]))
     found: list[dict[int, np.ndarray]] = [{} for _ in models]
@@ -127,11 +126,11 @@ def _merged(rows: Sequence[tuple[Ids, int]]) -> tuple[list[tuple[Ids, int]], lis
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def _likeliest(params: Params, config: ModelConfig, tokens, mask, at, own, mesh: Mesh | None = None):
-    """Right-padded ``tokens, mask [b, s]``, places ``at [b, m]`` and edits ``own [b]`` to the likeliest next tokens
-    ``[b, m]``."""
+    """Right-padded ``tokens, mask [b, s]``, places ``at [b, m]`` and edits ``own [b]``, or None, to the likeliest next
+    tokens ``[b, m]``."""
 
     def share(params, tokens, mask, at, own):
-        if adapters := params.get("adapters"):
+        if own is not None and (adapters := params.get("adapters")):
             held = tuple(a.for_rows(own) if hasattr(a, "for_rows") else a for a in adapters)
             params = {**params, "adapters": held}
         context = Context.of_mask(mask).ending(at[:, 0])  # the first place asked for is where the prompt ends

@@ -14,7 +14,7 @@ from jaxedit.adapters.apart import Apart
 from jaxedit.adapters.attached import same
 from jaxedit.adapters.rep import Rep
 from jaxedit.adapters.rep_adaptors import Adaptor, RepState
-from jaxedit.adapters.rep_training import Keys, Rates, cosine, initial, make_plan, train, training_prompts
+from jaxedit.adapters.rep_training import Keys, Rates, cosine, drawn, initial, make_plan, train, training_prompts
 from jaxedit.analysis.keys import solved, subject_keys, whitening
 from jaxedit.analysis.thresholds import at_thresholds, plot_thresholds
 from jaxedit.data.queries import Halves, RobustQueries
@@ -22,6 +22,7 @@ from jaxedit.data.subject_forms import SubjectPrompt
 from jaxedit.data.tokens import CLEAN, validate
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.generation import continue_rows
+from jaxedit.evaluation.predictions import likeliest
 from jaxedit.export.patch import Delta, apply_patch, make_patch
 from jaxedit.layer_loop import edit_keys
 from jaxedit.types import EditRequest
@@ -205,18 +206,15 @@ def test_keys_are_those_of_the_model(trained):
     ]
     for i, prompt in enumerate(prompts):
         every = training_prompts(prompt, QUERIES[i], TEMPLATES)
+        pool = drawn(np.random.default_rng((0, i)), len(every) - 1, 72) + 1
+        assert np.bincount(pool)[1:].max() - np.bincount(pool)[1:].min() <= 1
         alone = with_adapters(model, state.without([j for j in range(3) if j != i]))
         before, after = (subject_keys(m, tokenizer, every, (*LAYERS, 4)) for m in (model, alone))
-        size = len(every) - 1
-        order = np.random.default_rng((0, i)).permutation(size) + 1
-        count = [72 // size + (at in order[: 72 % size]) for at in range(1, size + 1)]
         for j, l in enumerate(LAYERS):
-            bare = subject_keys(model, tokenizer, [*every[:6]], LAYERS)[l]
-            target = solved(factor, l, bare.mean(0)[None], both_ways=True)[0]
+            target = solved(factor, l, before[l][: len(TEMPLATES)].mean(0)[None], both_ways=True)[0]
             cos = after[l] @ target / np.linalg.norm(after[l], axis=1) / np.linalg.norm(target)
-            if 72 % size == 0:
-                assert np.average(cos[1:], weights=count) == pytest.approx(trace["cosine"][i, j, 1], abs=1e-9)
-            drift = np.linalg.norm(after[1][0] - before[1][0]) / np.linalg.norm(before[1][0])
+            assert cos[pool].mean() == pytest.approx(trace["cosine"][i, j, 1], abs=1e-9)
+        drift = np.linalg.norm(after[1][0] - before[1][0]) / np.linalg.norm(before[1][0])
         assert drift == pytest.approx(trace["drift"][i, 0], abs=1e-9)
 
 
@@ -237,7 +235,12 @@ def test_edits_apart_are_edits_alone(wide):
     own = [0, 1, 2, -1]
     found = logits(with_adapters(model, Apart.of(patches).for_rows(own), apart.for_rows(own)), rows, ends)
     hosts = [*(apply_patch(model, patch) for patch in patches), model]
+    both, one_model = with_adapters(model, Apart.of(patches), apart), with_adapters(model, apart)
+    asked = [(tuple(row), 1) for row in rows]
+    (said,), (joined,) = likeliest([both], asked, own=own), likeliest([one_model], asked)
+    everywhere = logits(one_model, rows, ends)
     for i, (row, end, host) in enumerate(zip(rows, ends, hosts, strict=True)):
+        assert said[i] == found[i][end].argmax() and joined[i] == everywhere[i][end].argmax()
         one = with_adapters(host, apart.without([j for j in range(3) if j != i]))
         wanted = logits(host if i == 3 else one, [row], [end], max(map(len, rows)))[0]
         np.testing.assert_allclose(found[i], wanted, rtol=0, atol=1e-9)
