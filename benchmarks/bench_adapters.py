@@ -3,11 +3,11 @@
     python benchmarks/bench_adapters.py --out benchmarks/results/adapters.json
 
 `generate_tokens` runs with and without them in turns in one process, for one token, which is the pass over the prompt,
-and for more, whose difference is the decode steps; what counts is the median of the ratios of neighbours. The model
-has GPT-2-XL's sizes and random weights, and adapters hold random keys, none of which is hit: both say the same tokens,
-and what an adapter costs does not depend on what it holds. An edit has 2.69 tokens in its target, as in zsRE, and so as
-many neurons of iReVa and rows of the cache, but one row of GRACE. As published iReVa takes 4.6 % more time for 256
-tokens after the first at 10,000 edits (Table 6, on an A100).
+and for more, whose difference is the decode steps. Each run with an adapter stands between two without, and what counts
+is the median of its ratios to their mean. The model has GPT-2-XL's sizes and random weights, and adapters hold random
+keys, none of which is hit: both say the same tokens, and what an adapter costs does not depend on what it holds. An
+edit has 2.69 tokens in its target, as in zsRE, and so as many neurons of iReVa and rows of the cache, but one row of
+GRACE. As published iReVa takes 4.6 % more time for a call of 256 tokens at 10,000 edits (Table 6, on an A100).
 """
 
 from __future__ import annotations
@@ -95,25 +95,41 @@ def jax_tasks(backend, name: str, dtype: str, length: int):
     model = random_decoder(shape(name), dtype)
     config, params = model.config, model.params
 
-    def measure(kind: str, edits: int, batch: int, tokens: int, repeats: int, room: int = 0):
-        made, used, held = (None, 0, 0) if kind == "none" else adapter(kind, model, edits, room)
-        sides = (params, params if made is None else {**params, "adapters": (made,)})
-        prompt = np.random.default_rng(0).integers(config.vocab, size=(batch, length)).astype(np.int32)
+    prompts, sides = {}, {}
 
-        def timed(which: int, new: int):
+    def prepare(runs):
+        """Adapters of all runs; how many rows each uses and holds."""
+        found = []
+        for kind, edits, batch, room in runs:
+            made, used, held = (None, 0, 0) if kind == "none" else adapter(kind, model, edits, room)
+            sides[kind, edits, batch, room] = params if made is None else {**params, "adapters": (made,)}
+            prompts[batch] = np.random.default_rng(0).integers(config.vocab, size=(batch, length)).astype(np.int32)
+            found.append((used, held))
+        return found
+
+    def timed(params, batch: int, tokens: int):
+        """Seconds of the pass over the prompt, and of a step after it, and what was said."""
+        prompt, seconds, said = prompts[batch], [], None
+        for new in (1, 1 + tokens):
             start = time.perf_counter()
-            said, _ = jax.block_until_ready(generate_tokens(sides[which], config, prompt, np.ones_like(prompt), new))
-            return time.perf_counter() - start, np.asarray(said)
+            said = jax.block_until_ready(generate_tokens(params, config, prompt, np.ones_like(prompt), new))[0]
+            seconds.append(time.perf_counter() - start)
+        return np.asarray([seconds[0], (seconds[1] - seconds[0]) / tokens]), np.asarray(said)
 
-        found = {stage: np.zeros((2, repeats)) for stage in ("prefill", "call")}
-        for i in range(-1, repeats):  # the first compiles
-            said: dict = {}
-            for stage, new in (("prefill", 1), ("call", 1 + tokens)):
-                for which in (0, 1) if i % 2 else (1, 0):
-                    found[stage][which, i], said[which, stage] = timed(which, new)
-            assert all(np.array_equal(said[0, stage], said[1, stage]) for stage in found), "an edit was hit"
-        decode = (found["call"] - found["prefill"]) / tokens
-        return {"used": used, "held": held, "decode": decode.tolist(), "prefill": found["prefill"].tolist()}
+    def measure(tokens: int, begin: int):
+        """For each run seconds ``[2, 2]`` without and with, the former the mean of right before and right after."""
+        found, before = {}, None
+        order = [*sides][begin % len(sides) :] + [*sides][: begin % len(sides)]
+        for run in order:
+            batch = run[2]
+            if before is None or before[0] != batch:
+                before = (batch, *timed(params, batch, tokens))
+            extra, said = timed(sides[run], batch, tokens)
+            after = (batch, *timed(params, batch, tokens))
+            assert np.array_equal(said, after[2]), "an edit was hit"
+            found[run] = [((before[1] + after[1]) / 2).tolist(), extra.tolist()]
+            before = after
+        return [found[run] for run in sides]
 
     def about():
         """Bytes of the weights, and bytes a second at which they can be read."""
@@ -126,7 +142,7 @@ def jax_tasks(backend, name: str, dtype: str, length: int):
             seconds.append(time.perf_counter() - start)
         return {"bytes": sum(x.nbytes for x in jax.tree.leaves(params)), "byte_per_s": widest.nbytes / min(seconds)}
 
-    return {"measure": measure, "about": about}
+    return {"prepare": prepare, "measure": measure, "about": about}
 
 
 def spread(found) -> tuple[float, float, float]:
@@ -155,10 +171,19 @@ def main():
     with Side("jax", jax_tasks, args.shape, dtype, args.length, threads=args.threads) as side:
         read = side("about").value
         least = read["bytes"] / read["byte_per_s"]
-        for kind, edits, batch, room in runs:
-            found = side("measure", kind, edits, batch, args.tokens, args.repeats, room).value
+        sizes = side("prepare", runs).value
+        side("measure", args.tokens, 0)  # compiles
+        rounds = []
+        for i in range(args.repeats):
+            rounds.append(side("measure", args.tokens, i).value)
+            print(f"round {i + 1} of {args.repeats}", flush=True)
+        for (kind, edits, batch, room), (used, held), samples in zip(
+            runs, sizes, zip(*rounds, strict=True), strict=True
+        ):
+            stages = np.asarray(samples).transpose(2, 1, 0).tolist()  # stage, without or with, round
+            found = dict(zip(("prefill", "decode"), stages, strict=True))
             settings = {"shape": args.shape, "dtype": dtype, "edits": edits, "batch": batch, "prompt": args.length}
-            counted = {"rows": found["used"], "room": found["held"]}
+            counted = {"rows": used, "room": held}
             longer = {stage: spread(found[stage]) for stage in ("decode", "prefill")}
             for stage, (middle, *quartiles) in longer.items():
                 without, extra = (Timing(tuple(x)) for x in found[stage])
@@ -169,7 +194,7 @@ def main():
             step, prompt = (statistics.median(found[stage][0]) for stage in ("decode", "prefill"))
             more = statistics.median(b - a for a, b in zip(*found["decode"], strict=True))
             call = (prompt * longer["prefill"][0] + CALL * step * longer["decode"][0]) / (prompt + CALL * step)
-            row = (kind, f"{edits:,}", f"{found['used']:,}", f"{found['held']:,}", str(batch))
+            row = (kind, f"{edits:,}", f"{used:,}", f"{held:,}", str(batch))
             row += (*percent(longer["decode"]), f"{1000 * more:+.2f}", f"{100 * more / least:+.1f} %")
             rows.append((*row, *percent(longer["prefill"]), f"{call:+.2f} %"))
             print("  ".join(rows[-1]), flush=True)

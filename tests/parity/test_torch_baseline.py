@@ -1,5 +1,6 @@
 """The PyTorch baseline of the benchmarks does the published work: in float64 it gives the published numbers."""
 
+import dataclasses
 import json
 import sys
 from functools import cache
@@ -9,9 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+from jaxedit.adapters.codebook import drawn
+from jaxedit.adapters.grace import Grace
+from jaxedit.adapters.grace_book import CASES
+from jaxedit.adapters.ireva import IReVa
+from jaxedit.adapters.ireva_retrofit import out_of_scope
 from jaxedit.config import AnchorConfig
 from jaxedit.data.requests import read_requests
-from jaxedit.data.tokens import check_templates, edit_tokens
+from jaxedit.data.tokens import CLEAN, check_templates, edit_tokens
 from jaxedit.models.hub import load as load_jax
 from jaxedit.targets.anchor import find_anchors
 from jaxedit.types import EditRequest
@@ -134,6 +140,50 @@ def test_anchors_equal_those_of_jaxedit(goldens):
     for i, anchor in enumerate(theirs):
         assert relative(anchor.value, found.value[i]) <= 1e-9
         np.testing.assert_allclose(anchor.losses, found.losses[i, : anchor.updates + 1], rtol=1e-9, atol=1e-11)
+
+
+def test_neurons_equal_those_of_jaxedit(goldens):
+    folder = goldens / "tiny-llama"
+    model, tokenizer = loaded(folder)
+    requests = read_requests(folder / "facts.json")[20:23]
+    edits = [edit_tokens(tokenizer, r, CLEAN) for r in requests]
+    settings = IReVa(alpha=0.4, retrofit=True, steps=3, rec_weight=1e-2, irr_weight=1e-2)
+    with jax.enable_x64(True):
+        ours, _ = load_jax(folder, dtype="float64")
+        layer = settings.layer_in(ours.config)
+        clean, _ = dataclasses.replace(settings, retrofit=False).edit(ours, tokenizer, requests)
+        trained, _ = settings.edit(ours, tokenizer, requests)
+        scope = out_of_scope(ours, tokenizer, requests)
+    for batch in (1, 2):
+        same_rows(clean, *baseline.adapters.ireva(model, edits, layer, batch))
+    same_rows(trained, *baseline.adapters.retrofit(model, edits, layer, scope, dataclasses.asdict(settings)))
+
+
+def same_rows(state, keys, values):
+    used = np.asarray(state.owner) >= 0
+    assert relative(keys, state.keys[used]) <= 1e-9 and relative(values, state.values[used]) <= 1e-9
+
+
+def test_codebook_equals_that_of_jaxedit(goldens):
+    """New balls, one that is split and one that holds a later edit, and values after a few steps."""
+    folder = goldens / "tiny-llama"
+    model, tokenizer = loaded(folder)
+    requests = read_requests(folder / "facts.json")[20:23]
+    for i, target in ((0, requests[0].target), (1, "Rome")):
+        prompt = "So " + requests[i].prompt
+        requests.append(dataclasses.replace(requests[i], prompt=prompt, target=target, subject_start=None))
+    edits = [edit_tokens(tokenizer, r, CLEAN) for r in requests]
+    with jax.enable_x64(True):
+        ours, _ = load_jax(folder, dtype="float64")
+        settings = Grace(steps=4, radius=1.0, lr=0.1)
+        state, trace = settings.edit(ours, tokenizer, requests)
+        cold = np.asarray(drawn(0, np.arange(len(edits)), ours.config.d_model))
+    plain = dataclasses.asdict(settings)
+    assert {CASES[case] for case in trace["case"]} == {"new", "split", "inside"}
+    keys, values, radii, losses = baseline.adapters.grace(model, edits, state.layer, cold, plain)
+    same_rows(state, keys, values)
+    np.testing.assert_allclose(radii, np.asarray(state.radii)[np.asarray(state.owner) >= 0], rtol=1e-9)
+    np.testing.assert_allclose(losses, trace["losses"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["fe", "memit"])
