@@ -94,7 +94,10 @@ def apply_edits(
         return edit_with(editor, model, tokenizer, requests, seed=seed, on_progress=on_progress)
     if tuner is not None:
         return tune(tuner, model, tokenizer, requests, seed=seed, on_progress=on_progress)
-    assert isinstance(method, str | Method)
+    if not isinstance(method, str | Method):
+        raise JaxEditError(
+            f"method must be a name or a Method, an editor or a fine-tuning, got {type(method).__name__}"
+        )
     return edit_grouped(
         *(model, tokenizer, requests, method, Grouping.of(len(requests)), layers, stats, targets, templates),
         factor=factor,

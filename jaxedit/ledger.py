@@ -87,7 +87,8 @@ class Ledger:
             return cls(base, tokenizer, editor, LedgerRecord(describe_editor(editor), CLEAN, seed, *about))
         if tuner_of(method, base.config) is not None:
             raise JaxEditError("fine-tuning mixes all edits; a ledger is of edits that can be taken back one by one")
-        assert isinstance(method, str | Method)
+        if not isinstance(method, str | Method):
+            raise JaxEditError(f"method must be a name, a Method or an editor, got {type(method).__name__}")
         method = resolve(method, base.config, layers)
         plain = describe(method)
         if method_from_plain(plain) != method:

@@ -25,7 +25,6 @@ from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import wide
-from jaxedit.models.sites import refuse_adapters
 from jaxedit.models.transformer import Context, Decoder, Params, embed, layer, mlp_output, run, to_key, window_of
 from jaxedit.solvers.blas import quiet_blas
 from jaxedit.solvers.factors import Factor, factorise
@@ -46,7 +45,6 @@ def subject_keys(
     Raises JaxEditError where a subject is not in its prompt or a layer not in the model, RequestError naming every
     prompt that is longer than the model's context.
     """
-    refuse_adapters(model, "read its keys")
     layers, config = checked_layers(layers, model.config), model.config
     if tokenizer is None:
         raise JaxEditError("this model came without a tokenizer; pass one")

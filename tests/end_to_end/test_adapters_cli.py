@@ -27,7 +27,7 @@ def test_edit_and_measure(model, facts, tmp_path):
     settings = ("--set", "alpha=1.0", "--set", "theta=0.9", "--set", "gate=hard")
     made = run_command("edit", model, facts, "--method", "ireva", *settings, "--patch", patch, "--json")
     document = json.loads(made.stdout)
-    assert document["info"]["method"] == "ireva" and len(document["info"]["trace"]["neurons"]) == 3
+    assert document["info"]["method"] == "ireva" and len(document["info"]["trace"]["rows"]) == 3
     again = json.loads(run_command("eval", model, patch, facts, "--json").stdout)
     assert again["report"]["edited"] == document["report"]["edited"]
     said = run_command(

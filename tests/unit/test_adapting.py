@@ -113,7 +113,6 @@ def test_what_does_not_go_together_is_refused(host, tmp_path):
         lambda: je.second_moments(edited.model, tokenizer, ["some text"], (1,)),
         lambda: je.save(edited.model, tokenizer, tmp_path / "saved"),
         lambda: je.trace(edited.model, tokenizer, requests[1:]),
-        lambda: je.subject_keys(edited.model, tokenizer, requests[1:], (1,)),
         lambda: je.Ledger.create(edited.model, tokenizer, "ireva"),
     ):
         with pytest.raises(JaxEditError, match="has adapters"):

@@ -189,7 +189,7 @@ def test_unknown_method(attempt, method):
 
 
 def test_method_of_another_type(attempt):
-    assert "must be a name or a Method, got int" in attempt(method=3)
+    assert "must be a name or a Method, an editor or a fine-tuning, got int" in attempt(method=3)
 
 
 def test_model_of_another_type(attempt):

@@ -43,12 +43,10 @@ QUERIES = [
 
 
 @pytest.fixture(scope="module")
-def wide():
+def wide(goldens):
     """A float64 tiny-llama, its tokenizer, the whitening of its keys, and three hosts, each with one edit."""
     with jax.enable_x64(True):
-        from conftest import GOLDENS
-
-        model, tokenizer = je.load(GOLDENS / "tiny-llama", dtype="float64")
+        model, tokenizer = je.load(goldens / "tiny-llama", dtype="float64")
         rng = np.random.default_rng(0)
         texts = [
             " ".join(rng.choice(["The", "Beatles", "of", "mother", "work", "is", "Max", "in"], 60)) for _ in "1234567"

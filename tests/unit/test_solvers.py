@@ -37,7 +37,7 @@ def update(solver, stats, keys, residuals, past=None, clean=None) -> np.ndarray:
         prepared = protect_keys(prepared, {LAYER: past})
     found = solve_layer(prepared, LAYER, keys, residuals, clean)
     assert found.left.dtype == found.right.dtype == np.float64
-    assert found.residual <= 1e-9
+    assert found.residual <= 1e-8  # relative; the spread of C's eigenvalues goes up to 1e5
     return found.left @ found.right
 
 
