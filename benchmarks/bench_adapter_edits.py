@@ -121,7 +121,9 @@ def main():
                     results.ratios.append(Ratio.of(f"{label}, warm", made["jaxedit"], made[side]))
                 rates = ", ".join(f"{side} {r.found['edits_per_s']:.2f}" for side, r in made.items())
                 gaps = ", ".join(f"{what} {gap:.1e}" for what, gap in found.items())
-                results.notes.append(f"{name}: edits a second of {edits}: {rates}. Largest differences: {gaps}.")
+                results.notes.append(
+                    f"{name}: edits a second of {edits}: {rates}. Largest differences of the sides: {gaps}."
+                )
                 print(results.notes[-1], flush=True)
         ours("texts out of scope")
         texts = [ours("texts out of scope") for _ in range(args.repeats)]
@@ -130,14 +132,20 @@ def main():
 
 
 def differences(ours: Side, theirs: Side, name: str) -> dict[str, float]:
-    """How far keys and values of both sides are apart, and GRACE's losses before the first step."""
+    """How far keys and values of both sides are apart; of GRACE after a few steps.
+
+    Where gradients are nearly nothing, Adam's steps are rounding on either side, so that a few entries of what is
+    trained are further apart than 1e-4. In float64 they are not (tests/parity/test_torch_baseline.py).
+    """
     steps = {"steps": FEW} if name == "GRACE" else {}
     mine, other = ours(name, **steps).value, theirs(name, **steps).value
-    names = ("keys", "values", "radii", "losses")[: len(mine)]
-    gaps = {f"{what} apart": float(np.abs(a - b).max()) for what, a, b in zip(names, mine, other, strict=True)}
-    if name != "GRACE" and max(gaps.values()) > 1e-4:
-        raise SystemExit(f"{name}: the sides do not do the same work: {gaps}")
-    return gaps
+    found = {}
+    for what, a, b in zip(("keys", "values"), mine, other, strict=False):
+        apart = np.abs(a - b)
+        found |= {what: float(apart.max()), f"share of {what} beyond 1e-4": float((apart > 1e-4).mean())}
+        if found[what] > 1e-4 if name == "iReVa" else found[f"share of {what} beyond 1e-4"] > 0.01:
+            raise SystemExit(f"{name}: the sides do not do the same work: {found}")
+    return found
 
 
 if __name__ == "__main__":

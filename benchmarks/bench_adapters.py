@@ -201,8 +201,8 @@ def main():
     results.tables.append(rows)
     results.notes += [
         f"How much longer a decode step, and the pass over {args.length} prompt tokens, takes than without an adapter: "
-        f'median and quartiles of {args.repeats} pairs, each of runs of {args.tokens} steps. The adapter "none" is no '
-        "adapter on both sides, and shows the noise.",
+        f"median and quartiles of {args.repeats} rounds of {args.tokens} steps each. Each run stands between two "
+        'without. "none" is no adapter either, and shows the noise.',
         f"*ms*: what a step takes longer; *of reading*: relative to the {1000 * least:.0f} ms in which the "
         f"{read['bytes'] / 1e9:.2f} GB of weights can be read once at {read['byte_per_s'] / 1e9:.1f} GB/s, the least "
         f"that a step could take; *{CALL} tokens*: the pass over the prompt and so many steps, from the medians.",

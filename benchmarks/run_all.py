@@ -29,6 +29,8 @@ CPU = {
     "evaluation": [],
     "cold_start": [],
     "curves": [],
+    "adapters": [],
+    "adapter_edits": [],
     "kernels": [],
 }
 GPU_SHAPE = "llama3-8b"
