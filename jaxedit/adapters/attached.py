@@ -16,7 +16,13 @@ from jaxedit.models.sites import Adapter
 from jaxedit.models.transformer import Decoder
 
 # Where each kind lives; imported when a file holds one.
-_HOMES = {"Neurons": "ireva_neurons", "Cache": "caching", "GraceState": "grace", "MeloState": "melo", "WiseState": "wise"}
+_HOMES = {
+    "Neurons": "ireva_neurons",
+    "Cache": "caching",
+    "GraceState": "grace",
+    "MeloState": "melo",
+    "WiseState": "wise",
+}
 
 
 def adapters_of(model: Decoder) -> tuple[Adapter, ...]:
