@@ -71,7 +71,7 @@ def check_held(edits: Collection[int], held: np.ndarray):
     """Raise JaxEditError naming edits that are not among those `held`."""
     unknown = sorted(set(map(int, edits)) - set(held.tolist()))
     if unknown:
-        raise JaxEditError(f"edits {unknown[:10]} are not held; they were withdrawn or replaced, or never made")
+        raise JaxEditError(f"edits {unknown[:10]} are not held; they were withdrawn before or replaced, or never made")
 
 
 def withdrawn(owner: jax.Array, edits: Collection[int]) -> np.ndarray:

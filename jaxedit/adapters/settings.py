@@ -35,14 +35,13 @@ def check_goes_on(state: Any, empty: Any):
         return
     if type(state) is not type(empty):
         raise JaxEditError(f"the state to go on from is a {type(state).__name__}, not a {type(empty).__name__}")
-    for field in dataclasses.fields(empty):
-        mine, its = getattr(empty, field.name), getattr(state, field.name)
-        if not isinstance(mine, jax.Array):
-            if mine is not None and mine != its:
-                raise JaxEditError(
-                    f"the state to go on from has {field.name}={its!r}, and these settings {field.name}={mine!r}"
-                )
-        elif field.name != "labels" and mine.shape[1:] != its.shape[1:]:
+    pairs = {f.name: (getattr(empty, f.name), getattr(state, f.name)) for f in dataclasses.fields(empty)}
+    for name, (mine, its) in pairs.items():
+        if mine is not None and not isinstance(mine, jax.Array) and mine != its:
+            raise JaxEditError(f"the state to go on from has {name}={its!r}, and these settings {name}={mine!r}")
+    for name, (mine, its) in pairs.items():
+        if isinstance(mine, jax.Array) and name != "labels" and mine.shape[1:] != its.shape[1:]:
             raise JaxEditError(
-                f"the state to go on from has {field.name} of shape {its.shape[1:]}; this model needs {mine.shape[1:]}"
+                f"the state to go on from has {name} of shape {its.shape[1:]}; these settings, or this model, need "
+                f"{mine.shape[1:]}"
             )

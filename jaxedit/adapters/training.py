@@ -62,7 +62,7 @@ def tokenised(model: Decoder, tokenizer, requests: Sequence[EditRequest], templa
     """Requests as tokens. Raises RequestError where one cannot be carried out, JaxEditError for a model with
     adapters."""
     if model.params.get("adapters"):
-        raise JaxEditError("an adapter is trained on the model without any; pass the host, and the state to go on from")
+        raise JaxEditError("pass the model without adapters, and earlier edits as state=")
     return validate(tokenizer, requests, templates, model.config.max_positions)
 
 

@@ -115,6 +115,23 @@ def test_withdrawal_and_later_edits(edited):
     ]
 
 
+def test_of_keys_that_are_one_the_latest_edits_counts(edited):
+    """Among several of one edit, as those of a long text and of the same with one token more, the nearest does."""
+    key = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32)
+    near = key * 1.002
+    state = dataclasses.replace(
+        edited[2],
+        keys=jnp.stack([key, near, key, near, key * 0]),
+        tokens=jnp.asarray([10, 11, 12, 13, 14]),
+        owner=jnp.asarray([0, 0, 1, 1, -1]),
+        radius=jnp.float32(1.0),
+    )
+    queries, index = jnp.stack([key, near, -key]), jnp.zeros(3, jnp.int32)
+    assert state.found(queries, index, jnp.float32).tolist() == [12, 13, -1]
+    assert state.without([1]).found(queries, index, jnp.float32).tolist() == [10, 11, -1]
+    assert state.without([0, 1]).found(queries, index, jnp.float32).tolist() == [-1, -1, -1]
+
+
 def test_the_radius_is_a_quantile_of_distances(edited):
     model, tokenizer, state, edits = edited
     keys = np.asarray([mean_state(model, ids) for ids in texts(edits)])

@@ -140,7 +140,7 @@ def test_a_state_of_the_same_size_runs_the_same_program(host, states, name):
 def test_what_cannot_be_done_is_refused(host, states, name):
     model, tokenizer, requests = host
     settings, state = SETTINGS[name], states(name)
-    with pytest.raises(JaxEditError, match="without any"):
+    with pytest.raises(JaxEditError, match="without adapters"):
         settings.edit(with_adapters(model, state), tokenizer, requests)
     with pytest.raises(JaxEditError, match="the state to go on from is a"):
         settings.edit(model, tokenizer, requests, state=states("grace" if name != "grace" else "cache"))
