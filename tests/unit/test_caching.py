@@ -119,9 +119,11 @@ def test_of_keys_that_are_one_the_latest_edits_counts(edited):
     """Among several of one edit, as those of a long text and of the same with one token more, the nearest does."""
     key = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32)
     near = key * 1.002
+    keys = jnp.stack([key, near, key, near, key * 0])
     state = dataclasses.replace(
         edited[2],
-        keys=jnp.stack([key, near, key, near, key * 0]),
+        keys=keys,
+        squares=jnp.sum(keys * keys, -1),
         tokens=jnp.asarray([10, 11, 12, 13, 14]),
         owner=jnp.asarray([0, 0, 1, 1, -1]),
         radius=jnp.float32(1.0),
