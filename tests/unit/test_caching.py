@@ -122,6 +122,7 @@ def test_of_keys_that_are_one_the_latest_edits_counts(edited):
     state = dataclasses.replace(
         edited[2],
         keys=jnp.stack([key, near, key, near, key * 0]),
+        squares=jnp.asarray([1, 1.002**2, 1, 1.002**2, 0]) * jnp.sum(key * key),
         tokens=jnp.asarray([10, 11, 12, 13, 14]),
         owner=jnp.asarray([0, 0, 1, 1, -1]),
         radius=jnp.float32(1.0),
