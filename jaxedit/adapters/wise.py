@@ -274,7 +274,9 @@ class Wise:
         most = model.config.max_positions
         bad = [t for t, row in zip(self.unrelated, rows, strict=True) if not 0 < len(row.tokens) <= most]
         if bad:
-            raise RequestError([f"unrelated text {t!r} does not fit the model, which takes 1 to {most}" for t in bad])
+            raise RequestError(
+                [f"unrelated text {t!r} does not fit the model, which takes 1 to {most} tokens" for t in bad]
+            )
         return rows
 
     def _rows(self, edits: Sequence[EditTokens], others: Sequence[Row], first: int) -> list[Answers]:

@@ -12,7 +12,7 @@ from jaxedit.adapters.merging import slerp, ties
 from jaxedit.adapters.wise import Wise, WiseState, _entries
 from jaxedit.adapters.wise_memories import Shelf
 from jaxedit.data.requests import read_requests
-from jaxedit.errors import JaxEditError
+from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.generation import continue_rows
 from jaxedit.models.sites import Seen
 from jaxedit.models.transformer import Context
@@ -193,6 +193,24 @@ def test_going_on_fills_the_shard_and_merges(edited, llama):
         _entries(2, state.deltas.shape[1:], QUICK.share)
     )
     assert np.array_equal(np.asarray(state.deltas[0])[alone], np.asarray(edited[0].deltas[0])[alone])
+
+
+def test_edits_one_by_one_are_those_made_together(edited, llama):
+    """With the same unrelated texts, which no neighbourhood prompt is among."""
+    model, tokenizer, requests = llama
+    state = None
+    for request in requests[:3]:
+        state, _ = QUICK.edit(model, tokenizer, [dataclasses.replace(request, neighbourhood=())], state=state)
+    together = edited[0]
+    assert state.memory[:3].tolist() == together.memory[:3].tolist() == [0, 0, 1]
+    np.testing.assert_array_equal(state.seeds[:2], together.seeds[:2])
+    for name in ("deltas", "least"):
+        np.testing.assert_allclose(getattr(state, name)[:2], getattr(together, name)[:2], atol=1e-2)
+    with pytest.raises(JaxEditError, match="measure="):
+        dataclasses.replace(QUICK, measure="activation").edit(model, tokenizer, requests[:1], state=state)
+    long = dataclasses.replace(QUICK, unrelated=("so " * 200,))
+    with pytest.raises(RequestError, match="unrelated text"):
+        long.edit(model, tokenizer, requests[:1])
 
 
 def test_rows_are_routed_one_by_one_however_they_are_padded(edited, llama):
