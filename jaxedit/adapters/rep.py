@@ -69,8 +69,8 @@ class Rep:
     steps, lr: Adam's. batch: texts in a step, besides the prompt as it is. dropout: on the projection's input, in
     training alone.
     consistency: weight of how far the prompt's own key is moved, a mean over channels of squares, so it depends on the
-    scale of a model's keys. negative: weight of ``-log(1 - gate)``, mean over a token before the subject in each text;
-    published 0, where nothing keeps a gate closed at other tokens.
+    scale of a model's keys. negative: weight of ``-log(1 - gate)``, mean over the prompt's tokens but the subject's
+    last; published 0, where nothing keeps a gate closed at tokens such as those that end a shuffled subject.
     prefixes: lengths in tokens of the texts that the model is sampled for, to put before prompts; samples: of each
     length, for each of the five words that they begin with.
     together: edits trained at once; bounds memory, and changes results by rounding only.
@@ -215,7 +215,7 @@ class Rep:
         found, traces = [], []
         for l, above in zip(layers, (*layers[1:], None), strict=True):
             read = keys_at(parts, config, l, len(plan.texts))
-            star = read[plan.anchors, 0].mean(1) if keys is None else keys[l]
+            star = read[plan.anchors].mean(1) if keys is None else keys[l]
             given = _given(plan, read, solved(factor, l, star, both_ways=True))
             here = jax.vmap(lambda key, l=l: jax.random.split(jax.random.fold_in(key, l)))(random)
             start = initial(here[:, 0], given.clean, self.width(config), self.rank)
@@ -240,15 +240,13 @@ def rep_for(config: ModelConfig) -> Rep:
 
 
 def _given(plan: Plan, read: np.ndarray, direction: np.ndarray) -> Keys:
-    """Keys ``[texts, 2, d_ff]`` as edits train on them, with the directions ``[n, d_ff]`` of any length."""
-    pool = read[plan.pool]
-    real = np.asarray([t.other >= 0 for t in plan.texts])[plan.pool]
+    """Keys ``[texts, d_ff]`` as edits train on them, with the directions ``[n, d_ff]`` of any length."""
     return Keys(
-        pool=jnp.asarray(pool[..., 0, :]),
-        clean=jnp.asarray(read[plan.clean, 0]),
+        pool=jnp.asarray(read[plan.pool]),
+        clean=jnp.asarray(read[plan.clean]),
         target=jnp.asarray((direction / np.linalg.norm(direction, axis=-1, keepdims=True)).astype(read.dtype)),
-        other=jnp.asarray(pool[..., 1, :]),
-        real=jnp.asarray(real.astype(read.dtype)),
+        other=jnp.asarray(read[plan.other]),
+        real=jnp.asarray((plan.other >= 0).astype(read.dtype)),
     )
 
 
@@ -275,7 +273,7 @@ def _check_fits(state: RepState | None, empty: RepState):
 def _check_lengths(plan: Plan, requests: np.ndarray, given: Sequence[EditRequest], most: int):
     longest: dict[int, int] = {}
     for i, text in zip(plan.owner.tolist(), plan.texts, strict=True):
-        longest[int(requests[i])] = max(longest.get(int(requests[i]), 0), len(text.tokens))
+        longest[int(requests[i])] = max(longest.get(int(requests[i]), 0), len(text))
     problems = [
         f"request {i} (id {given[i].id}): a text to train on has {size} tokens; the model takes {most}"
         for i, size in longest.items()

@@ -19,11 +19,12 @@ import optax
 from jax import lax
 
 from jaxedit.adapters.rep_adaptors import Adaptor, RepState, opens
+from jaxedit.analysis.keys import subject_tokens
 from jaxedit.data.queries import RobustQueries
 from jaxedit.data.subject_forms import SubjectPrompt
-from jaxedit.data.tokens import encode, token_at
+from jaxedit.data.tokens import encode
 from jaxedit.errors import JaxEditError
-from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad
+from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad, row_length
 from jaxedit.models.config import ModelConfig
 from jaxedit.models.layers import wide
 from jaxedit.models.transformer import Context, Decoder, Params, embed, layer, run, to_key, window_of
@@ -53,31 +54,22 @@ def in_template(prompt: SubjectPrompt, template: str) -> SubjectPrompt:
     return SubjectPrompt(before + prompt.prompt + after, prompt.subject, len(before) + (prompt.start or 0))
 
 
-class Text(NamedTuple):
-    """Tokens up to the subject's last one, and the place of another one before the subject; -1 where none is."""
-
-    tokens: tuple[int, ...]
-    other: int
-
-
-def to_text(tokenizer, prompt: SubjectPrompt, share: float) -> Text:
-    """share: from 0 to below 1, how far from the row's beginning to the subject the other token lies."""
-    ids, offsets = encode(tokenizer, prompt.prompt)
-    start, last = (token_at(tokenizer, prompt.prompt, ids, offsets, at) for at in (prompt.start or 0, prompt.end))
-    return Text(tuple(ids[: last + 1]), int(share * start) if start else -1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What n edits read and train on. texts; owner: int ``[texts]``, the edit of each; bare: bool ``[texts]``, whether
-    its key is read without adaptors below. As indices of texts: pool ``[n, steps, batch]``, clean ``[n]``, and anchors
-    ``[n, templates]``, the prompt in every template, or ``[n, 0]`` where that is not asked for."""
+    """What n edits read and train on.
 
-    texts: list[Text]
+    texts: tokens up to the one whose key is read. owner: int ``[texts]``, the edit of each; bare: bool ``[texts]``,
+    whether its key is read without adaptors below. As indices of texts: pool ``[n, steps, batch]``; clean ``[n]``;
+    other ``[n, m]``, the prompt up to each of its tokens but the subject's last, -1 beyond them; and anchors ``[n,
+    templates]``, the prompt in every template, or ``[n, 0]`` where that is not asked for.
+    """
+
+    texts: list[tuple[int, ...]]
     owner: np.ndarray
     bare: np.ndarray
     pool: np.ndarray
     clean: np.ndarray
+    other: np.ndarray
     anchors: np.ndarray
 
 
@@ -92,26 +84,32 @@ def make_plan(
 ) -> Plan:
     """Draw each edit's texts, with its own of `seeds`: its pool in an order of its own, and again, a batch a step. Only
     texts that are drawn are read. Raises JaxEditError where an edit has nothing to train on."""
-    texts: list[Text] = []
-    owner, bare, pools, clean, anchors = [], [], [], [], []
+    texts: list[tuple[int, ...]] = []
+    owner, bare, pools, clean, others, anchors = [], [], [], [], [], []
+
+    def read(rows) -> np.ndarray:
+        texts.extend(rows)
+        return np.arange(len(texts) - len(rows), len(texts))
+
     for i, (prompt, some, seed) in enumerate(zip(prompts, queries, seeds, strict=True)):
-        rng = np.random.default_rng(seed)
-        every = training_prompts(prompt, some, templates)
+        every, start = training_prompts(prompt, some, templates), len(texts)
         if len(every) == 1:
             raise JaxEditError(f"subject {prompt.subject!r} has no other texts to train on: no queries, no prefixes")
-        order = drawn(rng, len(every) - 1, settings.steps * settings.batch) + 1
-        place = {at: len(texts) + j for j, at in enumerate(dict.fromkeys([0, *order.tolist()]))}
-        texts += [to_text(tokenizer, every[at], rng.random()) for at in place]
+        order = drawn(np.random.default_rng(seed), len(every) - 1, settings.steps * settings.batch) + 1
+        once = dict.fromkeys([0, *order.tolist()])
+        place = dict(zip(once, read([subject_tokens(tokenizer, every[at]) for at in once]), strict=True))
         clean.append(place[0])
         pools.append([place[at] for at in order.tolist()])
-        alone = [to_text(tokenizer, in_template(prompt, t), 0.0) for t in templates] if anchored else []
-        anchors.append(len(texts) + np.arange(len(alone)))
-        texts += alone
-        owner += [i] * (len(place) + len(alone))
-        bare += [False] * len(place) + [True] * len(alone)
-    shape = (len(prompts), settings.steps, settings.batch)
-    pool = np.asarray(pools).reshape(shape)
-    return Plan(texts, np.asarray(owner), np.asarray(bare), pool, np.asarray(clean), np.asarray(anchors))
+        whole, last = tuple(encode(tokenizer, prompt.prompt)[0]), len(texts[place[0]])
+        others.append(read([whole[:n] for n in range(1, len(whole) + 1) if n != last]))
+        bare += [False] * (len(texts) - start)
+        anchors.append(read([subject_tokens(tokenizer, in_template(prompt, t)) for t in templates if anchored]))
+        bare += [True] * len(anchors[-1])
+        owner += [i] * (len(texts) - start)
+    width = bucket(max(map(len, others)), MIN_LENGTH)
+    other = np.stack([np.pad(some, (0, width - len(some)), constant_values=-1) for some in others])
+    pool = np.asarray(pools).reshape(len(prompts), settings.steps, settings.batch)
+    return Plan(texts, np.asarray(owner), np.asarray(bare), pool, np.asarray(clean), other, np.stack(anchors))
 
 
 def drawn(rng: np.random.Generator, pool: int, count: int) -> np.ndarray:
@@ -120,38 +118,34 @@ def drawn(rng: np.random.Generator, pool: int, count: int) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """Texts in one batch: their indices, hidden states ``[b, s, d_model]``, mask, the places ``[b, 2]`` read from, and
-    parameters with what acts on these rows."""
+    """Texts in one batch: their indices, hidden states ``[b, s, d_model]``, mask, and parameters with what acts on
+    these rows."""
 
     index: list[int]
     h: jax.Array
     mask: np.ndarray
-    places: np.ndarray
     params: Params
 
 
-def enter(model: Decoder, texts: Sequence[Text], with_rows: Callable[[np.ndarray], Params], first: int) -> list[Part]:
+def enter(
+    model: Decoder, texts: Sequence[tuple[int, ...]], with_rows: Callable[[np.ndarray], Params], first: int
+) -> list[Part]:
     """Texts run up to layer `first`. with_rows: indices of texts in a batch -> the parameters for it."""
     parts = []
-    for batch in batches([(bucket(len(t.tokens), MIN_LENGTH),) for t in texts], _BATCH_TOKENS):
-        some = batch.take(texts)
-        tokens, mask = pad([t.tokens for t in some], batch.shape[0])
-        places = np.asarray([(len(t.tokens) - 1, max(t.other, 0)) for t in some], np.int32)
+    for batch in batches([(row_length(len(text)),) for text in texts], _BATCH_TOKENS):
+        tokens, mask = pad(batch.take(texts), batch.shape[0])
         params = with_rows(np.asarray(batch.take(range(len(texts)))))
         h = _enter(params, model.config, tokens, mask, first)
-        parts.append(Part(batch.index, h, mask, places, params))
+        parts.append(Part(batch.index, h, mask, params))
     return parts
 
 
 def keys_at(parts: Sequence[Part], config: ModelConfig, index: int, n: int) -> np.ndarray:
-    """Keys ``[n, 2, d_ff]`` of layer `index`, which the parts' states enter: at the subject's last token, and at the
-    other one; float32 (float64)."""
-    found: np.ndarray | None = None
+    """Keys ``[n, d_ff]`` of layer `index`, which the parts' states enter, at the last token of each of n texts; float32
+    (float64)."""
+    found = np.zeros((n, config.d_ff), wide(parts[0].h.dtype))
     for part in parts:
-        keys = np.asarray(_keys(part.params, config, part.h, part.mask, part.places, index))
-        found = np.zeros((n, *keys.shape[1:]), keys.dtype) if found is None else found
-        found[part.index] = keys[: len(part.index)]
-    assert found is not None
+        found[part.index] = np.asarray(_keys(part.params, config, part.h, part.mask, index))[: len(part.index)]
     return found
 
 
@@ -175,9 +169,9 @@ def _enter(params: Params, config: ModelConfig, tokens, mask, first: int):
 
 
 @partial(jax.jit, static_argnames=("config", "index"))
-def _keys(params: Params, config: ModelConfig, h, mask, places, index: int):
+def _keys(params: Params, config: ModelConfig, h, mask, index: int):
     _, key, _, _ = to_key(layer(params, index), config, h, Context.of_mask(mask), window_of(config, index))
-    return jnp.take_along_axis(key, places[..., None], 1).astype(wide(key.dtype))
+    return key[jnp.arange(len(h)), mask.sum(-1) - 1].astype(wide(key.dtype))
 
 
 @partial(jax.jit, static_argnames=("config", "start", "stop"))
@@ -188,9 +182,11 @@ def _run(params: Params, config: ModelConfig, h, mask, start: int, stop: int):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """What n edits are trained on in one layer. pool ``[n, steps, batch, d_ff]``; clean ``[n, d_ff]``, of the prompt as
-    it is; target ``[n, d_ff]``, of length 1; other ``[n, steps, batch, d_ff]``, at tokens where gates should stay
-    closed, where real ``[n, steps, batch]`` is 1."""
+    """What n edits are trained on in one layer: keys, and a direction.
+
+    pool ``[n, steps, batch, d_ff]``; clean ``[n, d_ff]``, of the prompt as it is; target ``[n, d_ff]``, of length 1;
+    other ``[n, m, d_ff]``, of the prompt's other tokens, where real ``[n, m]`` is 1.
+    """
 
     pool: Any
     clean: Any
@@ -235,7 +231,8 @@ class Rates(NamedTuple):
 
 
 def losses(adaptor: Adaptor, dropout, pool, clean, target, other, real, key):
-    """The three terms ``[3]`` of one edit (see `LOSSES`). pool, other ``[batch, d_ff]``; key: of the dropout."""
+    """The three terms ``[3]`` of one edit (see `LOSSES`). pool ``[batch, d_ff]``, other ``[m, d_ff]``; key: of the
+    dropout."""
     rows = jnp.concatenate([pool, clean[None]])
     kept = jax.random.bernoulli(key, 1 - dropout, rows.shape)
     entered = jnp.where(kept, rows / (1 - dropout), 0)
@@ -262,23 +259,23 @@ def train(rates: Rates, start: Adaptor, keys: Keys, random: jax.Array) -> tuple[
     weights = jnp.stack([jnp.ones_like(rates.lr), rates.consistency, rates.negative])
     rule = optax.adam(rates.lr)
 
-    def total(adaptors, pool, other, real, random):
+    def total(adaptors, pool, random):
         each = jax.vmap(losses, in_axes=(0, None, *[0] * 6))(
-            adaptors, rates.dropout, pool, keys.clean, keys.target, other, real, random
+            adaptors, rates.dropout, pool, keys.clean, keys.target, keys.other, keys.real, random
         )
         return jnp.sum(each @ weights), each
 
     def step(carry, now):
         adaptors, moments = carry
-        number, pool, other, real = now
+        number, pool = now
         fresh = jax.vmap(lambda key: jax.random.fold_in(key, number))(random)
-        grad, each = jax.grad(total, has_aux=True)(adaptors, pool, other, real, fresh)
+        grad, each = jax.grad(total, has_aux=True)(adaptors, pool, fresh)
         change, moments = rule.update(grad, moments, adaptors)
         adaptors = jax.tree.map(jnp.add, adaptors, change)
         return (adaptors, moments), each
 
-    by_step = tuple(jnp.moveaxis(x, 1, 0) for x in (keys.pool, keys.other, keys.real))
-    (made, _), log = lax.scan(step, (start, rule.init(start)), (jnp.arange(len(by_step[0])), *by_step))
+    pools = jnp.moveaxis(keys.pool, 1, 0)
+    (made, _), log = lax.scan(step, (start, rule.init(start)), (jnp.arange(len(pools)), pools))
     return made, jnp.moveaxis(log, 0, 1)
 
 

@@ -112,8 +112,8 @@ def test_loss_and_adam_are_those_of_the_paper():
     target = rng.normal(size=(n, d))
     target /= np.linalg.norm(target, axis=1, keepdims=True)
     shape = (n, 2, batch)
-    pool, other, clean = rng.normal(size=(*shape, d)), rng.normal(size=(*shape, d)), rng.normal(size=(n, d))
-    real = np.asarray([[[1, 1, 0, 1]] * 2] * n, float)
+    pool, other, clean = rng.normal(size=(*shape, d)), rng.normal(size=(n, 4, d)), rng.normal(size=(n, d))
+    real = np.asarray([[1, 1, 0, 1]] * n, float)
     settings = Rep(rank=rank, steps=2, batch=batch, lr=0.05, dropout=0.0, consistency=30.0, negative=0.7)
     with jax.enable_x64(True):
         keys, rates = Keys(*map(jnp.asarray, (pool, clean, target, other, real))), Rates.of(settings, jnp.float64)
@@ -129,7 +129,7 @@ def test_loss_and_adam_are_those_of_the_paper():
         p = [np.array(x[i]) for x in start]
         one, two = [np.zeros_like(x) for x in p], [np.zeros_like(x) for x in p]
         for step in range(2):
-            terms, slopes = oracle(p, pool[i, step], clean[i], target[i], other[i, step], real[i, step], 30.0, 0.7)
+            terms, slopes = oracle(p, pool[i, step], clean[i], target[i], other[i], real[i], 30.0, 0.7)
             np.testing.assert_allclose(log[i, step], terms, rtol=1e-9, atol=1e-15)
             if step == 0:  # the projection is 0: keys stand as they are
                 cos = pool[i, 0] @ target[i] / np.linalg.norm(pool[i, 0], axis=1)
@@ -199,9 +199,10 @@ def test_keys_are_those_of_the_model(trained):
     prompts = [SubjectPrompt.of(r) for r in REQUESTS]
     np.testing.assert_allclose(subject_keys(model, tokenizer, prompts, (1,))[1], host, atol=1e-12)
     plan = make_plan(QUICK, tokenizer, prompts, QUERIES, TEMPLATES, [(0, i) for i in range(3)], True)
-    assert [plan.texts[i].tokens for i in plan.clean] == [
-        e.contexts[0].tokens[: e.contexts[0].lookup + 1] for e in edits
-    ]
+    assert [plan.texts[i] for i in plan.clean] == [e.contexts[0].tokens[: e.contexts[0].lookup + 1] for e in edits]
+    whole = tokenizer(REQUESTS[2].prompt)["input_ids"]
+    tails = [plan.texts[i] for i in plan.other[2] if i >= 0]
+    assert tails == [tuple(whole[:n]) for n in range(1, len(whole) + 1) if n != len(plan.texts[plan.clean[2]])]
     for i, prompt in enumerate(prompts):
         every = training_prompts(prompt, QUERIES[i], TEMPLATES)
         pool = drawn(np.random.default_rng((0, i)), len(every) - 1, 72) + 1
@@ -228,7 +229,7 @@ def test_edits_apart_are_edits_alone(wide):
     for name in (*Adaptor._fields, "owner"):
         np.testing.assert_allclose(getattr(apart, name)[:3], getattr(state, name)[:3], rtol=0, atol=1e-7)
     np.testing.assert_allclose(log["losses"][2:], trace["losses"], rtol=0, atol=1e-8)
-    assert int(state.given) == 3
+    assert state is not None and int(state.given) == 3
     rows, ends = prompts_of(tokenizer, [*REQUESTS, REQUESTS[0]])
     own = [0, 1, 2, -1]
     found = logits(with_adapters(model, Apart.of(patches).for_rows(own), apart.for_rows(own)), rows, ends)
@@ -308,9 +309,7 @@ def test_training_is_the_same_again_and_compiles_once(trained, tmp_path):
 def test_thresholds(trained, tmp_path):
     """The share of open gates falls with tau."""
     model, tokenizer, _, state, _ = trained
-    keys = jnp.asarray(subject_keys(model, tokenizer, [r.prompt and (r.prompt, r.subject) for r in REQUESTS], (1,))[1])[
-        None
-    ]
+    keys = jnp.asarray(subject_keys(model, tokenizer, REQUESTS, (1,))[1])[None]
 
     def measure(state):
         return {"open": float(state.acting(state.adaptors(0), keys)[1].mean()), "none": None}
