@@ -4,8 +4,9 @@
 
 Anchors of all edits are found together, once for each method, then each edit is made by itself; their updates stand
 side by side in one model (`jaxedit.adapters.apart.Apart`), so that all edits are asked in the same passes. "base" is
-the unedited model, "ireva" has the neurons of all edits at once, "ireva-alone" those of one at a time. A figure is
-written beside --out. Other methods that --out holds already stay there, where they were asked the same.
+the unedited model, "ireva" has the neurons of all edits at once, "ireva-alone" those of one at a time; behind "+rep"
+each edit has REP's adaptors too. A figure is written beside --out, and with --taus one of what REP's threshold does
+(without long contexts). Other methods that --out holds already stay there, where they were asked the same.
 """
 
 from __future__ import annotations
@@ -13,22 +14,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
 
 import jaxedit as je
 from jaxedit.adapters.apart import Apart
-from jaxedit.adapters.attached import attach
+from jaxedit.adapters.attached import adapters_of, attach, detach
 from jaxedit.adapters.editors import editor_for
+from jaxedit.adapters.rep import rep_for
 from jaxedit.analysis.robustness_plots import plot_robustness
+from jaxedit.analysis.thresholds import Thresholds, at_thresholds, plot_thresholds
 from jaxedit.data.queries import read_rephrases, robust_queries
 from jaxedit.data.templates import sample_templates
 from jaxedit.evaluation.robustness import Robustness, evaluate_robustness, robustness_table
 from jaxedit.models.transformer import Decoder
 from jaxedit.plain import describe
+from jaxedit.presets import REP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +48,39 @@ class Bench:
     templates: tuple
     anchors: Path | None = None
 
-    def alone(self, name: str) -> list[je.EditPatch]:
-        """Each request's patch by itself, made by a locate-then-edit method."""
+    def alone(self, name: str) -> tuple[list[je.EditPatch], dict[int, np.ndarray]]:
+        """Each request's patch by itself, made by a locate-then-edit method, and all keys ``{layer: [n, d_ff]}``."""
         method = je.method_for(name, self.model.config)
         arguments = (self.model, self.tokenizer, self.requests, method)
         found = je.targets(*arguments, templates=self.templates, anchor_cache=self.anchors)
-        made, factor = [], None
+        made, keys, factor = [], [], None
         for i, request in enumerate(self.requests):
             given = {"stats": self.stats, "targets": found.take([i]), "templates": self.templates, "factor": factor}
             result = je.apply_edits(self.model, self.tokenizer, [request], method, **given)
             made.append(result.patch)
+            keys.append(result.keys)
             factor = result.factor
-        return made
+        return made, {l: np.concatenate([own[l] for own in keys]) for l in method.layers}
 
 
 def located(name: str) -> Callable[[Bench], tuple[Decoder, dict]]:
     def edited(bench: Bench):
         settings = describe(je.method_for(name, bench.model.config))
-        return attach(bench.model, Apart.of(bench.alone(name))), settings
+        return attach(bench.model, Apart.of(bench.alone(name)[0])), settings
+
+    return edited
+
+
+def with_rep(name: str) -> Callable[[Bench], tuple[Decoder, dict]]:
+    def edited(bench: Bench):
+        method, rep = je.method_for(name, bench.model.config), rep_for(bench.model.config)
+        patches, keys = bench.alone(name)
+        apart = Apart.of(patches)
+        state, _ = rep.edit(
+            *(bench.model, bench.tokenizer, bench.requests),
+            **{"layers": method.layers, "stats": bench.stats, "queries": bench.queries, "keys": keys, "apart": apart},
+        )
+        return attach(bench.model, apart, state), {**describe(method), "rep": dataclasses.asdict(rep)}
 
     return edited
 
@@ -86,17 +106,33 @@ METHODS: dict[str, Callable[[Bench], tuple[Any, dict]]] = {
     "rome": located("rome"),
     "ireva": ireva,
     "ireva-alone": ireva_alone,
+    "rome+rep": with_rep("rome"),
+    "fe+rep": with_rep("fe"),
 }
 
 
-def measure(bench: Bench, name: str, contexts: int | None, neighbours: int | None) -> tuple[Robustness, dict]:
+def measure(
+    bench: Bench, name: str, contexts: int | None, neighbours: int | None, taus: list[float]
+) -> tuple[Robustness, dict, Thresholds | None]:
+    def ask(edited, contexts) -> Robustness:
+        asked = (bench.model, edited, bench.tokenizer, bench.requests, bench.queries)
+        return evaluate_robustness(*asked, max_contexts=contexts, max_neighbours=neighbours)
+
     start = time.perf_counter()
     edited, settings = METHODS[name](bench)
     made = time.perf_counter()
-    asked = (bench.model, edited, bench.tokenizer, bench.requests, bench.queries)
-    report = evaluate_robustness(*asked, max_contexts=contexts, max_neighbours=neighbours)
-    seconds = {"edit_seconds": made - start, "evaluation_seconds": time.perf_counter() - made}
-    return report, {"settings": settings, **seconds}
+    report = ask(edited, contexts)
+    more = {"settings": settings, "edit_seconds": made - start, "evaluation_seconds": time.perf_counter() - made}
+    if not name.endswith(REP) or not taus:
+        return report, more, None
+    *others, state = adapters_of(edited)
+    curve = at_thresholds(state, taus, lambda at: short(ask(attach(detach(edited), *others, at), 0).rates))
+    return report, more | {"thresholds": curve.table().splitlines()}, curve
+
+
+def short(rates: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Without what was not asked."""
+    return {cell: rate for cell, rate in rates.items() if rate is not None}
 
 
 def packed(report: Robustness) -> dict[str, str]:
@@ -119,6 +155,7 @@ def main():
     parser.add_argument("--contexts", type=int, help="long contexts to ask in each half (default: all)")
     parser.add_argument("--context-tokens", type=int, default=512)
     parser.add_argument("--neighbours", type=int, help="neighbourhood prompts a record (default: all)")
+    parser.add_argument("--taus", nargs="+", type=float, default=[], help="thresholds to ask REP's adaptors at")
     parser.add_argument("--corpus", help="of the long contexts (default: the packaged one)")
     parser.add_argument("--anchors", type=Path, help="folder in which anchors are kept")
     parser.add_argument("--seed", type=int, default=0, help="of the queries")
@@ -138,10 +175,12 @@ def main():
         record["methods"] = before["methods"] if before["about"] == about else {}
     reports = {name: unpacked(row["found"]) for name, row in record["methods"].items()}
     for name in args.methods:
-        reports[name], more = measure(bench, name, args.contexts, args.neighbours)
+        reports[name], more, curve = measure(bench, name, args.contexts, args.neighbours, args.taus)
         record["methods"][name] = {**reports[name].to_dict(), "found": packed(reports[name]), **more}
         print(f"{name}: {more['edit_seconds']:.0f} s to edit, {more['evaluation_seconds']:.0f} s to ask", flush=True)
         common.write(args.out, record)
+        if curve is not None and args.out is not None:
+            plot_thresholds(curve, args.out.with_name(f"{args.out.stem}_{name.replace(REP, '_rep')}_tau.png"))
     record["table"] = robustness_table(reports).splitlines()
     print("\n".join(record["table"]))
     common.write(args.out, record)

@@ -2,7 +2,8 @@
 for each token of each target, beside the MLP of one layer.
 
 A neuron's key is what the MLP reads at the last token before its target token, standardised; its value is the target
-token's row of the output embedding. It fires where what the MLP reads correlates with its key by more than θ:
+token's row of the output embedding, or what is solved for with all rows. It fires where what the MLP reads correlates
+with its key by more than θ:
 
     z = k · s(x) - b,   b = θ ‖k₀‖² = θ (d - 1),   out = MLP(x) + α g(z) v,
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from jaxedit.adapters.ireva_neurons import SETTINGS, Neurons, standardised
 from jaxedit.adapters.ireva_retrofit import retrofit
+from jaxedit.adapters.ireva_values import rows_of, solved_values
 from jaxedit.adapters.rows import FREE, ROOM, append, asked, read_last
 from jaxedit.adapters.settings import check_goes_on, check_one_layer, chosen_layer
 from jaxedit.adapters.training import mlp_entry, tokenised
@@ -47,6 +49,8 @@ class IReVa:
     """How neurons are made and when they fire.
 
     layers: the one layer that they stand beside; None for the last but one (46 of 48 in GPT-2-XL, as published).
+    values: "rows", the target tokens' rows of the output embedding, as published; or "solved", see
+        `jaxedit.adapters.ireva_values`, for models where many tokens are not the likeliest one by their own rows.
     alpha: weight of their output. theta: the correlation at which they begin to fire, between 0 and 1.
     pool: "max", only the neuron that fires most adds its value (published for inference), or "sum", all do.
     gate: "activation", g itself, which is slightly negative just below θ; or "hard", zero wherever z <= 0.
@@ -62,6 +66,7 @@ class IReVa:
     separable: ClassVar[bool] = True  # whether one edit can be withdrawn from what was added
 
     layers: tuple[int, ...] | None = None
+    values: Literal["rows", "solved"] = "rows"
     alpha: float = 0.2
     theta: float = 0.75
     pool: Literal["max", "sum"] = "max"
@@ -79,6 +84,7 @@ class IReVa:
     def __post_init__(self):
         check_one_layer(self)
         object.__setattr__(self, "betas", tuple(self.betas))
+        _check_choice(self, "values", ("rows", "solved"))
         _check_choice(self, "pool", ("max", "sum"))
         _check_choice(self, "gate", ("activation", "hard"))
         _check_choice(self, "positions", ("answer", "last"))
@@ -137,10 +143,10 @@ class IReVa:
         keys = jnp.asarray(np.concatenate(found))
         ids = np.asarray([token for edit in edits for token in edit.target], np.int32)
         counts = np.asarray([len(edit.target) for edit in edits])
-        table = model.params["embed"]["tokens"] if config.tied else model.params["unembed"]["w"]
+        valued = rows_of if self.values == "rows" else solved_values
         new = {
             "keys": keys,
-            "values": jnp.take(table, ids, axis=0).astype(keys.dtype),
+            "values": valued(model.params, config, ids).astype(keys.dtype),
             "biases": self.theta * jnp.sum(keys * keys, -1),
             "owner": jnp.asarray(first + np.repeat(np.arange(len(edits)), counts), jnp.int32),
         }

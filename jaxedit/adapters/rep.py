@@ -11,7 +11,8 @@ trained with the gate itself in place of the bracket, on texts about the subject
 
     J = -mean cos(k', C⁻¹k*) + consistency · mean_D (k' - k)² at the prompt as it is,
 
-which holds the edit itself in place.
+which holds the edit itself in place. The cosine does not say how strongly the edit is heard at k': where it is heard
+more than at the prompt, it is overdone. `Rep.objective` has a first term that does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ from jaxedit.adapters.rep_training import (
 from jaxedit.adapters.rows import append
 from jaxedit.adapters.training import tokenised
 from jaxedit.analysis.keys import checked_layers, solved, whitening
-from jaxedit.config import _check
+from jaxedit.config import _check, _check_choice
 from jaxedit.data.queries import RobustQueries
 from jaxedit.data.subject_forms import SubjectPrompt
 from jaxedit.data.templates import sample_templates
@@ -68,9 +69,12 @@ class Rep:
     rank: of the projection. gate_width: of the gate's hidden layer, as a share of d_ff. tau: a gate above it is open.
     steps, lr: Adam's. batch: texts in a step, besides the prompt as it is. dropout: on the projection's input, in
     training alone.
+    objective: "cosine", as published; or "response", the mean of ``(k'ᵀC⁻¹k* / kᵀC⁻¹k* - 1)²``, with the prompt's own
+        key in the denominator: the edit is to be heard as strongly as there.
     consistency: weight of how far the prompt's own key is moved, a mean over channels of squares, so it depends on the
     scale of a model's keys. negative: weight of ``-log(1 - gate)``, mean over the prompt's tokens but the subject's
-    last; published 0, where nothing keeps a gate closed at tokens such as those that end a shuffled subject.
+    last, and over the prompt's with `other_names` names from the long contexts in the subject's place. Published 0:
+    then nothing keeps a gate closed, and in small models it opens at other subjects too.
     prefixes: lengths in tokens of the texts that the model is sampled for, to put before prompts; samples: of each
     length, for each of the five words that they begin with.
     together: edits trained at once; bounds memory, and changes results by rounding only.
@@ -83,21 +87,26 @@ class Rep:
     lr: float = 5e-4
     batch: int = 15
     dropout: float = 0.1
+    objective: Literal["cosine", "response"] = "cosine"
     consistency: float = 50_000.0
     negative: float = 0.0
+    other_names: int = 0
     prefixes: tuple[int, ...] = (5, 10)
     samples: int = 2
     together: int = 32
 
     def __post_init__(self):
         object.__setattr__(self, "prefixes", tuple(self.prefixes))
+        _check_choice(self, "objective", ("cosine", "response"))
         _check(self, positive=("lr",), not_negative=("consistency", "negative"), shares=("gate_width",))
         if not 0 <= self.tau <= 1 or not 0 <= self.dropout < 1:
             raise JaxEditError(
                 f"Rep.tau is from 0 to 1, and dropout from 0 to below 1; got {self.tau} and {self.dropout}"
             )
-        if min(self.rank, self.steps, self.batch, self.together) < 1 or self.samples < 0:
-            raise JaxEditError("Rep.rank, steps, batch and together must be at least 1, and samples not negative")
+        if min(self.rank, self.steps, self.batch, self.together) < 1 or min(self.samples, self.other_names) < 0:
+            raise JaxEditError(
+                "Rep.rank, steps, batch and together must be at least 1, samples and other_names not negative"
+            )
 
     def width(self, config: ModelConfig) -> int:
         """Of the gate's hidden layer."""
@@ -134,10 +143,10 @@ class Rep:
         The direction C⁻¹k* is what one edit is written along, by ROME or by MEMIT and the methods like it. Many edits
         written together, or a solver without second moments, have others; REP then leads keys near them.
 
-        Returns the adaptors and, of each request and layer: ``losses [n, layers, steps, 3]`` before each step, the mean
-        cosine negated, the mean square by which the prompt's key is moved, and the negative term; ``cosine [n, layers,
-        2]``, of the keys trained on with C⁻¹k* before and after, gates open or shut; ``open [n, layers]``, the share of
-        these gates; and ``drift [n, layers]``, how far the prompt's key is moved, relative to it.
+        Returns the adaptors and, of each request and layer: ``losses [n, layers, steps, 3]`` before each step, the
+        objective's first term, the mean square by which the prompt's key is moved, and the negative term; ``cosine [n,
+        layers, 2]``, of the keys trained on with C⁻¹k* before and after, gates open or shut; ``open [n, layers]``, the
+        share of these gates; and ``drift [n, layers]``, how far the prompt's key is moved, relative to it.
 
         Raises RequestError where a request cannot be carried out or a text does not fit the model, JaxEditError where
         layers, queries, keys or the state do not fit the model or the requests.
@@ -219,7 +228,7 @@ class Rep:
             given = _given(plan, read, solved(factor, l, star, both_ways=True))
             here = jax.vmap(lambda key, l=l: jax.random.split(jax.random.fold_in(key, l)))(random)
             start = initial(here[:, 0], given.clean, self.width(config), self.rank)
-            adaptors, log = train(Rates.of(self, read.dtype), start, given, here[:, 1])
+            adaptors, log = train(Rates.of(self, read.dtype), start, given, here[:, 1], self.objective == "response")
             end = np.asarray(outcome(jnp.asarray(self.tau, read.dtype), adaptors, given))
             found.append(adaptors)
             traces.append({"losses": log, "cosine": end[:, :2], "open": end[:, 2], "drift": end[:, 3]})

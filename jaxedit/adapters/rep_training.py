@@ -21,7 +21,7 @@ from jax import lax
 from jaxedit.adapters.rep_adaptors import Adaptor, RepState, opens
 from jaxedit.analysis.keys import subject_tokens
 from jaxedit.data.queries import RobustQueries
-from jaxedit.data.subject_forms import SubjectPrompt
+from jaxedit.data.subject_forms import SubjectPrompt, names_in
 from jaxedit.data.tokens import encode
 from jaxedit.errors import JaxEditError
 from jaxedit.evaluation.batching import MIN_LENGTH, batches, bucket, pad, row_length
@@ -60,8 +60,8 @@ class Plan:
 
     texts: tokens up to the one whose key is read. owner: int ``[texts]``, the edit of each; bare: bool ``[texts]``,
     whether its key is read without adaptors below. As indices of texts: pool ``[n, steps, batch]``; clean ``[n]``;
-    other ``[n, m]``, the prompt up to each of its tokens but the subject's last, -1 beyond them; and anchors ``[n,
-    templates]``, the prompt in every template, or ``[n, 0]`` where that is not asked for.
+    other ``[n, m]``, where gates are to be closed (`elsewhere`), -1 beyond them; and anchors ``[n, templates]``, the
+    prompt in every template, or ``[n, 0]`` where that is not asked for.
     """
 
     texts: list[tuple[int, ...]]
@@ -95,13 +95,13 @@ def make_plan(
         every, start = training_prompts(prompt, some, templates), len(texts)
         if len(every) == 1:
             raise JaxEditError(f"subject {prompt.subject!r} has no other texts to train on: no queries, no prefixes")
-        order = drawn(np.random.default_rng(seed), len(every) - 1, settings.steps * settings.batch) + 1
+        rng = np.random.default_rng(seed)
+        order = drawn(rng, len(every) - 1, settings.steps * settings.batch) + 1
         once = dict.fromkeys([0, *order.tolist()])
         place = dict(zip(once, read([subject_tokens(tokenizer, every[at]) for at in once]), strict=True))
         clean.append(place[0])
         pools.append([place[at] for at in order.tolist()])
-        whole, last = tuple(encode(tokenizer, prompt.prompt)[0]), len(texts[place[0]])
-        others.append(read([whole[:n] for n in range(1, len(whole) + 1) if n != last]))
+        others.append(read(elsewhere(tokenizer, prompt, some, settings.other_names, rng)))
         bare += [False] * (len(texts) - start)
         anchors.append(read([subject_tokens(tokenizer, in_template(prompt, t)) for t in templates if anchored]))
         bare += [True] * len(anchors[-1])
@@ -110,6 +110,20 @@ def make_plan(
     other = np.stack([np.pad(some, (0, width - len(some)), constant_values=-1) for some in others])
     pool = np.asarray(pools).reshape(len(prompts), settings.steps, settings.batch)
     return Plan(texts, np.asarray(owner), np.asarray(bare), pool, np.asarray(clean), other, np.stack(anchors))
+
+
+def elsewhere(
+    tokenizer, prompt: SubjectPrompt, queries: RobustQueries, names: int, rng: np.random.Generator
+) -> list[tuple[int, ...]]:
+    """The prompt up to each of its tokens but the subject's last, and the same with other names in the subject's place,
+    up to each token: as many as asked for, of those in the long contexts of the domain."""
+    texts = queries.texts("long", "in_domain")
+    found = list(dict.fromkeys(x for text in texts for x in names_in(text) if x not in prompt.prompt))
+    taken = [found[i] for i in rng.permutation(len(found))[:names]]
+    every = [tuple(encode(tokenizer, p.prompt)[0]) for p in (prompt, *map(prompt.with_subject, taken))]
+    heads = dict.fromkeys(whole[:n] for whole in every for n in range(1, len(whole) + 1))
+    del heads[subject_tokens(tokenizer, prompt)]
+    return list(heads)
 
 
 def drawn(rng: np.random.Generator, pool: int, count: int) -> np.ndarray:
@@ -230,17 +244,21 @@ class Rates(NamedTuple):
         return cls(*(jnp.asarray(getattr(settings, name), dtype) for name in cls._fields))
 
 
-def losses(adaptor: Adaptor, dropout, pool, clean, target, other, real, key):
-    """The three terms ``[3]`` of one edit (see `LOSSES`). pool ``[batch, d_ff]``, other ``[m, d_ff]``; key: of the
-    dropout."""
+def losses(response: bool, adaptor: Adaptor, dropout, pool, clean, target, other, real, key):
+    """The three terms ``[3]`` of one edit (see `LOSSES`). response: whether the first is the one of that name, see
+    `Rep`. pool ``[batch, d_ff]``, other ``[m, d_ff]``; key: of the dropout."""
     rows = jnp.concatenate([pool, clean[None]])
     kept = jax.random.bernoulli(key, 1 - dropout, rows.shape)
     entered = jnp.where(kept, rows / (1 - dropout), 0)
     moved = rows + jax.nn.sigmoid(adaptor.gate(rows))[:, None] * adaptor.projection(entered)
     shut = jax.nn.softplus(adaptor.gate(other)) * real
+    alignment = -cosine(moved[:-1], target).mean()
+    if response:
+        heard = jnp.matmul(moved[:-1], target, precision="highest") / jnp.matmul(clean, target, precision="highest")
+        alignment = jnp.mean((heard - 1) ** 2)
     return jnp.stack(
         [
-            -cosine(moved[:-1], target).mean(),
+            alignment,
             jnp.mean((moved[-1] - clean) ** 2),
             shut.sum() / jnp.maximum(real.sum(), 1),
         ]
@@ -252,15 +270,17 @@ def cosine(keys, target):
     return jnp.matmul(keys, target, precision="highest") / jnp.linalg.norm(keys, axis=-1)
 
 
-@jax.jit
-def train(rates: Rates, start: Adaptor, keys: Keys, random: jax.Array) -> tuple[Adaptor, jax.Array]:
-    """Adam's steps for n edits at once. random ``[n]``: of the dropout. Returns the adaptors, and the three terms
-    before each step ``[n, steps, 3]``. Float32 (float64)."""
+@partial(jax.jit, static_argnames=("response",))
+def train(
+    rates: Rates, start: Adaptor, keys: Keys, random: jax.Array, response: bool = False
+) -> tuple[Adaptor, jax.Array]:
+    """Adam's steps for n edits at once. random ``[n]``: of the dropout; response: see `losses`. Returns the adaptors,
+    and the three terms before each step ``[n, steps, 3]``. Float32 (float64)."""
     weights = jnp.stack([jnp.ones_like(rates.lr), rates.consistency, rates.negative])
     rule = optax.adam(rates.lr)
 
     def total(adaptors, pool, random):
-        each = jax.vmap(losses, in_axes=(0, None, *[0] * 6))(
+        each = jax.vmap(partial(losses, response), in_axes=(0, None, *[0] * 6))(
             adaptors, rates.dropout, pool, keys.clean, keys.target, keys.other, keys.real, random
         )
         return jnp.sum(each @ weights), each

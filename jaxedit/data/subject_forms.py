@@ -128,6 +128,11 @@ def rephrased_forms(subject: str) -> dict[str, str]:
     return {kind: form for kind, form in forms.items() if form not in ("", subject)}
 
 
+def names_in(text: str) -> list[str]:
+    """Names in a text, each once: runs of words with capitals, where they do not begin a sentence."""
+    return list(dict.fromkeys(re.findall(r"(?<=[a-z,] )[A-Z][\w'-]+(?: [A-Z][\w'-]+)*", text)))
+
+
 def shuffled_forms(tokenizer, subject: str, n: int, seed: int = 0) -> list[str]:
     """At most `n` different texts made of the subject's tokens (as they are after a space) in another order.
 

@@ -9,6 +9,7 @@ import pytest
 
 from jaxedit.adapters.ireva import IReVa
 from jaxedit.adapters.ireva_retrofit import out_of_scope
+from jaxedit.adapters.ireva_values import rows_of, solved_values
 from jaxedit.adapters.rows import where_wanted
 from jaxedit.adapters.training import mlp_entry
 from jaxedit.data.tokens import CLEAN, validate
@@ -120,6 +121,29 @@ def test_what_neurons_add(edited, pool, gate):
     folded = jnp.asarray(x[: wanted.size]).reshape(3, -1, 64)
     some = jax.jit(lambda s, x: where_wanted(s.added, x, wanted, 16, most=7))(state, folded)
     np.testing.assert_allclose(some[wanted], found[: wanted.size].reshape(3, -1, 64)[wanted], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_solved_values(tiny, name):
+    """Against float64 NumPy on the rows as the final norm lets them be read. More tokens than by their own rows are
+    raised most."""
+    model, _ = tiny(name)
+    config, scale = model.config, np.asarray(model.params["final_norm"]["scale"], np.float64)
+    table = np.asarray((model.params["embed"]["tokens"] if config.tied else model.params["unembed"]["w"]), np.float64)
+    ids = np.asarray([3, 40, 7])
+    found = np.asarray(solved_values(model.params, config, ids))
+    read = table * scale
+    read = read - read.mean(-1, keepdims=True) if config.norm == "layer" else read
+    moments = read.T @ read / len(read)
+    wanted = np.linalg.solve(moments + 1e-4 * np.trace(moments) / len(moments) * np.eye(len(moments)), read[ids].T).T
+    wanted *= np.sqrt(np.mean(np.sum(table**2, -1))) / np.linalg.norm(wanted, axis=-1, keepdims=True)
+    np.testing.assert_allclose(found, wanted, rtol=1e-2, atol=1e-3)
+    every = np.arange(len(read))
+    every_one, own = (np.asarray(f(model.params, config, every)) @ read.T for f in (solved_values, rows_of))
+    assert (every_one.argmax(-1) == every).mean() > (own.argmax(-1) == every).mean()
+    state, _ = IReVa(values="solved").edit(model, tiny(name)[1], REQUESTS)
+    first = validate(tiny(name)[1], REQUESTS, CLEAN, 128)[0].target[0]
+    np.testing.assert_allclose(state.values[0], solved_values(model.params, config, np.asarray([first]))[0], rtol=1e-4)
 
 
 def test_edits_are_said_and_nothing_else_changes(edited):

@@ -28,6 +28,7 @@ from jaxedit.data.subject_forms import (
     SubjectPrompt,
     cut_context,
     form_in,
+    names_in,
     other_forms,
     random_contexts,
     rule_forms,
@@ -177,6 +178,8 @@ def test_forms_of_a_subject(tiny):
     }
     assert rule_forms("The Beatles") == {"possessive": "The Beatles'", "article": "Beatles"}
     assert rule_forms("iPod").keys() == {"possessive", "article"}
+    text = "The Nile, in Sudan, meets Ras al-Khaimah. Rivers like the Blue Nile and the Atbara's, of Sudan, end."
+    assert names_in(text) == ["Nile", "Sudan", "Ras", "Blue Nile", "Atbara's"]
     forms = shuffled_forms(tokenizer, "Danielle Darrieux", 4, seed=1)
     assert len(set(forms)) == 4 and forms == shuffled_forms(tokenizer, "Danielle Darrieux", 4, seed=1)
     assert all(sorted(f.replace(" ", "")) == sorted("DanielleDarrieux") for f in forms)

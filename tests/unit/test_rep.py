@@ -14,11 +14,21 @@ from jaxedit.adapters.apart import Apart
 from jaxedit.adapters.attached import same
 from jaxedit.adapters.rep import Rep
 from jaxedit.adapters.rep_adaptors import Adaptor, RepState
-from jaxedit.adapters.rep_training import Keys, Rates, cosine, drawn, initial, make_plan, train, training_prompts
+from jaxedit.adapters.rep_training import (
+    Keys,
+    Rates,
+    cosine,
+    drawn,
+    elsewhere,
+    initial,
+    make_plan,
+    train,
+    training_prompts,
+)
 from jaxedit.analysis.keys import solved, subject_keys, whitening
 from jaxedit.analysis.thresholds import at_thresholds, plot_thresholds
 from jaxedit.data.queries import Halves, RobustQueries
-from jaxedit.data.subject_forms import SubjectPrompt
+from jaxedit.data.subject_forms import SubjectPrompt, names_in
 from jaxedit.data.tokens import CLEAN, validate
 from jaxedit.errors import JaxEditError, RequestError
 from jaxedit.evaluation.generation import continue_rows
@@ -76,8 +86,9 @@ def gelu_slope(z):
     return 0.5 * (1 + np.vectorize(math.erf)(z / math.sqrt(2))) + z * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
 
-def oracle(p, pool, clean, target, other, real, consistency, negative):
-    """The loss's terms, and its gradient, of one adaptor, as the paper and the published code have them."""
+def oracle(p, pool, clean, target, other, real, consistency, negative, response):
+    """The loss's terms, and its gradient, of one adaptor, as the paper and the published code have them; or where
+    `response`, with a first term that compares how strongly the edit is heard with how it is at the prompt."""
     a, b, w1, c1, w2, c2 = p
     k = np.vstack([pool, clean])
     z = k @ w1.T + c1
@@ -88,10 +99,16 @@ def oracle(p, pool, clean, target, other, real, consistency, negative):
     cos = (moved[:-1] @ target)[:, None] / size
     z_other = other @ w1.T + c1
     g_other = 1 / (1 + np.exp(-(gelu(z_other) @ w2 + c2)))
-    terms = [-cos.mean(), ((moved[-1] - clean) ** 2).mean(), -(np.log(1 - g_other) * real).sum() / real.sum()]
-    d_moved = np.vstack(
-        [-(target / size - cos * moved[:-1] / size**2) / len(pool), 2 * consistency * (moved[-1] - clean) / len(clean)]
+    heard = moved[:-1] @ target / (clean @ target)
+    terms = [
+        ((heard - 1) ** 2).mean() if response else -cos.mean(),
+        ((moved[-1] - clean) ** 2).mean(),
+        -(np.log(1 - g_other) * real).sum() / real.sum(),
+    ]
+    d_first = (
+        2 * (heard - 1)[:, None] * target / (clean @ target) if response else cos * moved[:-1] / size**2 - target / size
     )
+    d_moved = np.vstack([d_first / len(pool), 2 * consistency * (moved[-1] - clean) / len(clean)])
     d_proj = g[:, None] * d_moved
     d_gate = np.concatenate([(d_moved * (low @ b.T)).sum(1) * g * (1 - g), negative * g_other * real / real.sum()])
     every, z_every = np.vstack([k, other]), np.vstack([z, z_other])
@@ -106,7 +123,8 @@ def oracle(p, pool, clean, target, other, real, consistency, negative):
     ]
 
 
-def test_loss_and_adam_are_those_of_the_paper():
+@pytest.mark.parametrize("response", [False, True])
+def test_loss_and_adam(response):
     """Two steps of two edits trained at once, in float64 and without dropout."""
     rng, d, rank, width, batch, n = np.random.default_rng(1), 24, 3, 5, 4, 2
     target = rng.normal(size=(n, d))
@@ -119,8 +137,8 @@ def test_loss_and_adam_are_those_of_the_paper():
         keys, rates = Keys(*map(jnp.asarray, (pool, clean, target, other, real))), Rates.of(settings, jnp.float64)
         random = jax.random.split(jax.random.key(0), n)
         start = initial(random, keys.clean, width, rank)
-        made, log = jax.tree.map(np.asarray, train(rates, start, keys, random))
-        none = train(rates._replace(dropout=jnp.float64(0.5)), start, keys, random)[0]
+        made, log = jax.tree.map(np.asarray, train(rates, start, keys, random, response))
+        none = train(rates._replace(dropout=jnp.float64(0.5)), start, keys, random, response)[0]
     assert not np.allclose(none.up, made.up)
     start = jax.tree.map(np.asarray, start)
     for x, inputs in zip(start, (d, None, d, d, width, width), strict=True):
@@ -129,11 +147,11 @@ def test_loss_and_adam_are_those_of_the_paper():
         p = [np.array(x[i]) for x in start]
         one, two = [np.zeros_like(x) for x in p], [np.zeros_like(x) for x in p]
         for step in range(2):
-            terms, slopes = oracle(p, pool[i, step], clean[i], target[i], other[i], real[i], 30.0, 0.7)
+            terms, slopes = oracle(p, pool[i, step], clean[i], target[i], other[i], real[i], 30.0, 0.7, response)
             np.testing.assert_allclose(log[i, step], terms, rtol=1e-9, atol=1e-15)
             if step == 0:  # the projection is 0: keys stand as they are
                 cos = pool[i, 0] @ target[i] / np.linalg.norm(pool[i, 0], axis=1)
-                assert terms[1] == 0 and terms[0] == pytest.approx(-cos.mean(), rel=1e-12)
+                assert terms[1] == 0 and (response or terms[0] == pytest.approx(-cos.mean(), rel=1e-12))
             for j, slope in enumerate(slopes):
                 one[j] = 0.9 * one[j] + 0.1 * slope
                 two[j] = 0.999 * two[j] + 0.001 * slope**2
@@ -203,6 +221,12 @@ def test_keys_are_those_of_the_model(trained):
     whole = tokenizer(REQUESTS[2].prompt)["input_ids"]
     tails = [plan.texts[i] for i in plan.other[2] if i >= 0]
     assert tails == [tuple(whole[:n]) for n in range(1, len(whole) + 1) if n != len(plan.texts[plan.clean[2]])]
+    text = "In spring the Rolling Stones left for Graz, where Max and the Beatles were, and the Who in Graz."
+    named = elsewhere(tokenizer, prompts[2], RobustQueries(long=Halves((text, text))), 2, np.random.default_rng(0))
+    names = ["Rolling Stones", "Graz", "Max", "Who"]
+    assert set(names) == set(names_in(text)) - {"Beatles"}
+    ends = {tuple(tokenizer(prompts[2].with_subject(name).prompt)["input_ids"]): name for name in names}
+    assert named[: len(tails)] == tails and len(set(named)) == len(named) and len(ends.keys() & set(named)) == 2
     for i, prompt in enumerate(prompts):
         every = training_prompts(prompt, QUERIES[i], TEMPLATES)
         pool = drawn(np.random.default_rng((0, i)), len(every) - 1, 72) + 1
