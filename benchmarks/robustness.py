@@ -28,7 +28,7 @@ from jaxedit.adapters.editors import editor_for
 from jaxedit.adapters.rep import rep_for
 from jaxedit.analysis.robustness_plots import plot_robustness
 from jaxedit.analysis.thresholds import Thresholds, at_thresholds, plot_thresholds
-from jaxedit.data.queries import read_rephrases, robust_queries
+from jaxedit.data.queries import Halves, read_rephrases, robust_queries
 from jaxedit.data.templates import sample_templates
 from jaxedit.evaluation.robustness import Robustness, evaluate_robustness, robustness_table
 from jaxedit.models.transformer import Decoder
@@ -111,22 +111,23 @@ METHODS: dict[str, Callable[[Bench], tuple[Any, dict]]] = {
 }
 
 
-def measure(
-    bench: Bench, name: str, contexts: int | None, neighbours: int | None, taus: list[float]
-) -> tuple[Robustness, dict, Thresholds | None]:
-    def ask(edited, contexts) -> Robustness:
-        asked = (bench.model, edited, bench.tokenizer, bench.requests, bench.queries)
-        return evaluate_robustness(*asked, max_contexts=contexts, max_neighbours=neighbours)
+def measure(bench: Bench, name: str, args) -> tuple[Robustness, dict, Thresholds | None]:
+    without = [dataclasses.replace(some, long=Halves()) for some in bench.queries]
+    asked = bench.queries[: args.long_facts] + without[len(bench.queries[: args.long_facts]) :]
+
+    def ask(edited, queries) -> Robustness:
+        given = (bench.model, edited, bench.tokenizer, bench.requests, queries)
+        return evaluate_robustness(*given, max_contexts=args.contexts, max_neighbours=args.neighbours)
 
     start = time.perf_counter()
     edited, settings = METHODS[name](bench)
     made = time.perf_counter()
-    report = ask(edited, contexts)
+    report = ask(edited, asked)
     more = {"settings": settings, "edit_seconds": made - start, "evaluation_seconds": time.perf_counter() - made}
-    if not name.endswith(REP) or not taus:
+    if not name.endswith(REP) or not args.taus:
         return report, more, None
     *others, state = adapters_of(edited)
-    curve = at_thresholds(state, taus, lambda at: short(ask(attach(detach(edited), *others, at), 0).rates))
+    curve = at_thresholds(state, args.taus, lambda at: short(ask(attach(detach(edited), *others, at), without).rates))
     return report, more | {"thresholds": curve.table().splitlines()}, curve
 
 
@@ -153,6 +154,7 @@ def main():
     parser.add_argument("--rephrases", type=Path, help="JSON file {subject: [names]}; by default forms by rules")
     parser.add_argument("--queries", type=int, default=10, help="of each kind, both halves together")
     parser.add_argument("--contexts", type=int, help="long contexts to ask in each half (default: all)")
+    parser.add_argument("--long-facts", type=int, help="ask only the first so many facts after long contexts")
     parser.add_argument("--context-tokens", type=int, default=512)
     parser.add_argument("--neighbours", type=int, help="neighbourhood prompts a record (default: all)")
     parser.add_argument("--taus", nargs="+", type=float, default=[], help="thresholds to ask REP's adaptors at")
@@ -165,7 +167,7 @@ def main():
     like = {"n": args.queries, "context_tokens": args.context_tokens, "corpus": args.corpus, "seed": args.seed}
     queries = robust_queries(tokenizer, requests, rephrases=rephrases, **like)
     bench = Bench(model, tokenizer, requests, queries, stats, sample_templates(model, tokenizer, 0), args.anchors)
-    names = ("model", "first", "tokens", "contexts", "neighbours")
+    names = ("model", "first", "tokens", "contexts", "long_facts", "neighbours")
     about = {name: getattr(args, name) for name in names} | like
     about |= {"requests": Path(args.requests).name, "count": len(requests)}
     about["rephrases"] = None if args.rephrases is None else args.rephrases.name
@@ -175,7 +177,7 @@ def main():
         record["methods"] = before["methods"] if before["about"] == about else {}
     reports = {name: unpacked(row["found"]) for name, row in record["methods"].items()}
     for name in args.methods:
-        reports[name], more, curve = measure(bench, name, args.contexts, args.neighbours, args.taus)
+        reports[name], more, curve = measure(bench, name, args)
         record["methods"][name] = {**reports[name].to_dict(), "found": packed(reports[name]), **more}
         print(f"{name}: {more['edit_seconds']:.0f} s to edit, {more['evaluation_seconds']:.0f} s to ask", flush=True)
         common.write(args.out, record)
