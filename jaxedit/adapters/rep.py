@@ -82,9 +82,11 @@ class Rep:
     objective: "cosine", as published; or "response", the mean of ``(k'ᵀC⁻¹k* / kᵀC⁻¹k* - 1)²``, with the prompt's own
         key in the denominator: the edit is to be heard as strongly as there.
     consistency: weight of how far the prompt's own key is moved, a mean over channels of squares, so it depends on the
-    scale of a model's keys. negative: weight of ``-log(1 - gate)``, mean over the prompt's tokens but the subject's
-    last, and over the prompt's with `other_names` names from the long contexts in the subject's place. Published 0:
-    then nothing keeps a gate closed, and in small models it opens at other subjects too.
+        scale of a model's keys.
+    negative: weight of ``-log(1 - gate)``, mean over the prompt's tokens but the subject's last, and over those of the
+        prompt with `other_names` names from the long contexts in the subject's place. positive: weight of
+        ``-log(gate)``, mean over the texts trained on. Both are 0 as published, where nothing else keeps gates closed
+        than how they begin, and in small models they open at other subjects too.
     prefixes: lengths in tokens of the texts that the model is sampled for, to put before prompts; samples: of each
     length, for each of the five words that they begin with.
     together: edits trained at once; bounds memory, and changes results by rounding only.
@@ -100,6 +102,7 @@ class Rep:
     objective: Literal["cosine", "response"] = "cosine"
     consistency: float = 50_000.0
     negative: float = 0.0
+    positive: float = 0.0
     other_names: int = 0
     prefixes: tuple[int, ...] = (5, 10)
     samples: int = 2
@@ -108,7 +111,7 @@ class Rep:
     def __post_init__(self):
         object.__setattr__(self, "prefixes", tuple(self.prefixes))
         _check_choice(self, "objective", ("cosine", "response"))
-        _check(self, positive=("lr",), not_negative=("consistency", "negative"), shares=("gate_width",))
+        _check(self, positive=("lr",), not_negative=("consistency", "negative", "positive"), shares=("gate_width",))
         if not 0 <= self.tau <= 1 or not 0 <= self.dropout < 1:
             raise JaxEditError(
                 f"Rep.tau is from 0 to 1, and dropout from 0 to below 1; got {self.tau} and {self.dropout}"
@@ -153,10 +156,11 @@ class Rep:
         The direction C⁻¹k* is what one edit is written along, by ROME or by MEMIT and the methods like it. Many edits
         written together, or a solver without second moments, have others; REP then leads keys near them.
 
-        Returns the adaptors and, of each request and layer: ``losses [n, layers, steps, 3]`` before each step, the
-        objective's first term, the mean square by which the prompt's key is moved, and the negative term; ``cosine [n,
-        layers, 2]``, of the keys trained on with C⁻¹k* before and after, gates open or shut; ``open [n, layers]``, the
-        share of these gates; and ``drift [n, layers]``, how far the prompt's key is moved, relative to it.
+        Returns the adaptors and, of each request and layer: ``losses [n, layers, steps, 4]`` before each step, the
+        objective's first term, the mean square by which the prompt's key is moved, the negative and the positive term;
+        ``cosine [n, layers, 2]``, of the keys trained on with C⁻¹k* before and after, gates open or shut; ``open [n,
+        layers]``, the share of these gates; and ``drift [n, layers]``, how far the prompt's key is moved, relative to
+        it.
 
         Raises RequestError where a request cannot be carried out or a text does not fit the model, JaxEditError where
         layers, queries, keys or the state do not fit the model or the requests.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from jaxedit.adapters.rep import Rep
 
 _BATCH_TOKENS = 8192
-LOSSES = ("alignment", "consistency", "negative")
+LOSSES = ("alignment", "consistency", "negative", "positive")
 
 
 def training_prompts(prompt: SubjectPrompt, queries: RobustQueries, templates: Sequence[str]) -> list[SubjectPrompt]:
@@ -238,6 +238,7 @@ class Rates(NamedTuple):
     dropout: Any
     consistency: Any
     negative: Any
+    positive: Any
 
     @classmethod
     def of(cls, settings: Rep, dtype) -> Rates:
@@ -245,12 +246,13 @@ class Rates(NamedTuple):
 
 
 def losses(response: bool, adaptor: Adaptor, dropout, pool, clean, target, other, real, key):
-    """The three terms ``[3]`` of one edit (see `LOSSES`). response: whether the first is the one of that name, see
+    """The four terms ``[4]`` of one edit (see `LOSSES`). response: whether the first is the one of that name, see
     `Rep`. pool ``[batch, d_ff]``, other ``[m, d_ff]``; key: of the dropout."""
     rows = jnp.concatenate([pool, clean[None]])
     kept = jax.random.bernoulli(key, 1 - dropout, rows.shape)
     entered = jnp.where(kept, rows / (1 - dropout), 0)
-    moved = rows + jax.nn.sigmoid(adaptor.gate(rows))[:, None] * adaptor.projection(entered)
+    gates = adaptor.gate(rows)
+    moved = rows + jax.nn.sigmoid(gates)[:, None] * adaptor.projection(entered)
     shut = jax.nn.softplus(adaptor.gate(other)) * real
     alignment = -cosine(moved[:-1], target).mean()
     if response:
@@ -261,6 +263,7 @@ def losses(response: bool, adaptor: Adaptor, dropout, pool, clean, target, other
             alignment,
             jnp.mean((moved[-1] - clean) ** 2),
             shut.sum() / jnp.maximum(real.sum(), 1),
+            jax.nn.softplus(-gates[:-1]).mean(),
         ]
     )
 
@@ -275,8 +278,8 @@ def train(
     rates: Rates, start: Adaptor, keys: Keys, random: jax.Array, response: bool = False
 ) -> tuple[Adaptor, jax.Array]:
     """Adam's steps for n edits at once. random ``[n]``: of the dropout; response: see `losses`. Returns the adaptors,
-    and the three terms before each step ``[n, steps, 3]``. Float32 (float64)."""
-    weights = jnp.stack([jnp.ones_like(rates.lr), rates.consistency, rates.negative])
+    and the four terms before each step ``[n, steps, 4]``. Float32 (float64)."""
+    weights = jnp.stack([jnp.ones_like(rates.lr), rates.consistency, rates.negative, rates.positive])
     rule = optax.adam(rates.lr)
 
     def total(adaptors, pool, random):

@@ -86,7 +86,7 @@ def gelu_slope(z):
     return 0.5 * (1 + np.vectorize(math.erf)(z / math.sqrt(2))) + z * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
 
-def oracle(p, pool, clean, target, other, real, consistency, negative, response):
+def oracle(p, pool, clean, target, other, real, consistency, negative, positive, response):
     """The loss's terms, and its gradient, of one adaptor, as the paper and the published code have them; or where
     `response`, with a first term that compares how strongly the edit is heard with how it is at the prompt."""
     a, b, w1, c1, w2, c2 = p
@@ -104,13 +104,16 @@ def oracle(p, pool, clean, target, other, real, consistency, negative, response)
         ((heard - 1) ** 2).mean() if response else -cos.mean(),
         ((moved[-1] - clean) ** 2).mean(),
         -(np.log(1 - g_other) * real).sum() / real.sum(),
+        -np.log(g[:-1]).mean(),
     ]
     d_first = (
         2 * (heard - 1)[:, None] * target / (clean @ target) if response else cos * moved[:-1] / size**2 - target / size
     )
     d_moved = np.vstack([d_first / len(pool), 2 * consistency * (moved[-1] - clean) / len(clean)])
     d_proj = g[:, None] * d_moved
-    d_gate = np.concatenate([(d_moved * (low @ b.T)).sum(1) * g * (1 - g), negative * g_other * real / real.sum()])
+    d_gate = (d_moved * (low @ b.T)).sum(1) * g * (1 - g)
+    d_gate[:-1] += positive * (g[:-1] - 1) / len(pool)
+    d_gate = np.concatenate([d_gate, negative * g_other * real / real.sum()])
     every, z_every = np.vstack([k, other]), np.vstack([z, z_other])
     d_z = d_gate[:, None] * w2 * gelu_slope(z_every)
     return np.asarray(terms), [
@@ -132,7 +135,7 @@ def test_loss_and_adam(response):
     shape = (n, 2, batch)
     pool, other, clean = rng.normal(size=(*shape, d)), rng.normal(size=(n, 4, d)), rng.normal(size=(n, d))
     real = np.asarray([[1, 1, 0, 1]] * n, float)
-    settings = Rep(rank=rank, steps=2, batch=batch, lr=0.05, dropout=0.0, consistency=30.0, negative=0.7)
+    settings = Rep(rank=rank, steps=2, batch=batch, lr=0.05, dropout=0.0, consistency=30.0, negative=0.7, positive=0.4)
     with jax.enable_x64(True):
         keys, rates = Keys(*map(jnp.asarray, (pool, clean, target, other, real))), Rates.of(settings, jnp.float64)
         random = jax.random.split(jax.random.key(0), n)
@@ -147,7 +150,7 @@ def test_loss_and_adam(response):
         p = [np.array(x[i]) for x in start]
         one, two = [np.zeros_like(x) for x in p], [np.zeros_like(x) for x in p]
         for step in range(2):
-            terms, slopes = oracle(p, pool[i, step], clean[i], target[i], other[i], real[i], 30.0, 0.7, response)
+            terms, slopes = oracle(p, pool[i, step], clean[i], target[i], other[i], real[i], 30.0, 0.7, 0.4, response)
             np.testing.assert_allclose(log[i, step], terms, rtol=1e-9, atol=1e-15)
             if step == 0:  # the projection is 0: keys stand as they are
                 cos = pool[i, 0] @ target[i] / np.linalg.norm(pool[i, 0], axis=1)
@@ -200,7 +203,7 @@ def test_only_the_largest_open_gate_acts(monkeypatch):
 def test_training_leads_keys_to_the_edit(trained):
     state, trace = trained[3:]
     assert state.layers == LAYERS and state.owner.tolist() == [0, 1, 2, -1] and state.down.dtype == np.float64
-    assert trace["losses"].shape == (3, 2, 12, 3) and (trace["losses"][:, :, 0, 1] == 0).all()
+    assert trace["losses"].shape == (3, 2, 12, 4) and (trace["losses"][:, :, 0, 1] == 0).all()
     assert (trace["losses"][:, :, -1, 0] < trace["losses"][:, :, 0, 0] - 0.05).all()
     gain = trace["cosine"][..., 1] - trace["cosine"][..., 0]
     assert (gain >= 0).all() and (gain[:, 1] > 0.15).all() and (trace["open"][:, 1] > 0.2).all()
