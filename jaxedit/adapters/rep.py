@@ -235,7 +235,7 @@ class Rep:
 
         root = jax.random.key(seed)
         random = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.asarray(numbers))
-        parts = enter(model, plan.texts, params, layers[0])
+        parts = enter(model, plan, params, layers[0])
         found, traces = [], []
         for l, above in zip(layers, (*layers[1:], None), strict=True):
             read = keys_at(parts, config, l, len(plan.texts))

@@ -132,26 +132,44 @@ def drawn(rng: np.random.Generator, pool: int, count: int) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """Texts in one batch: their indices, hidden states ``[b, s, d_model]``, mask, and parameters with what acts on
-    these rows."""
+    """Texts in one batch: the index of each row's, hidden states ``[b, s, d_model]``, mask, and parameters with what
+    acts on these rows; and of all texts that rows begin with, reads: their indices, and at: where their last tokens are
+    among all tokens."""
 
     index: list[int]
     h: jax.Array
     mask: np.ndarray
     params: Params
+    reads: list[int]
+    at: np.ndarray
 
 
-def enter(
-    model: Decoder, texts: Sequence[tuple[int, ...]], with_rows: Callable[[np.ndarray], Params], first: int
-) -> list[Part]:
-    """Texts run up to layer `first`. with_rows: indices of texts in a batch -> the parameters for it."""
-    parts = []
-    for batch in batches([(row_length(len(text)),) for text in texts], _BATCH_TOKENS):
-        tokens, mask = pad(batch.take(texts), batch.shape[0])
-        params = with_rows(np.asarray(batch.take(range(len(texts)))))
+def enter(model: Decoder, plan: Plan, with_rows: Callable[[np.ndarray], Params], first: int) -> list[Part]:
+    """A plan's texts run up to layer `first`. with_rows: indices of texts in a batch -> the parameters for it."""
+    rows, parts = _rows(plan), []
+    for batch in batches([(row_length(len(plan.texts[some[0]])),) for some in rows], _BATCH_TOKENS):
+        index = [some[0] for some in batch.take(rows)]
+        tokens, mask = pad([plan.texts[i] for i in index], batch.shape[0])
+        reads = [(i, len(plan.texts[i]) - 1 + r * batch.shape[0]) for r, n in enumerate(batch.index) for i in rows[n]]
+        at = np.zeros(bucket(len(reads), MIN_LENGTH), np.int32)
+        at[: len(reads)] = [place for _, place in reads]
+        params = with_rows(np.asarray(index))
         h = _enter(params, model.config, tokens, mask, first)
-        parts.append(Part(batch.index, h, mask, params))
+        parts.append(Part(index[: len(batch.index)], h, mask, params, [i for i, _ in reads], at))
     return parts
+
+
+def _rows(plan: Plan) -> list[list[int]]:
+    """The texts to run, each in front of those of the same edit that it begins with and that are read alike."""
+    rows, before = [], None
+    every = zip(plan.owner.tolist(), plan.bare.tolist(), plan.texts, range(len(plan.texts)), strict=True)
+    for one in sorted(every, reverse=True):  # a text stands right behind those that begin with it
+        if before is not None and before[:2] == one[:2] and before[2][: len(one[2])] == one[2]:
+            rows[-1].append(one[3])
+        else:
+            rows.append([one[3]])
+            before = one
+    return rows
 
 
 def keys_at(parts: Sequence[Part], config: ModelConfig, index: int, n: int) -> np.ndarray:
@@ -159,7 +177,8 @@ def keys_at(parts: Sequence[Part], config: ModelConfig, index: int, n: int) -> n
     (float64)."""
     found = np.zeros((n, config.d_ff), wide(parts[0].h.dtype))
     for part in parts:
-        found[part.index] = np.asarray(_keys(part.params, config, part.h, part.mask, index))[: len(part.index)]
+        keys = _keys(part.params, config, part.h, part.mask, part.at, index)
+        found[part.reads] = np.asarray(keys)[: len(part.reads)]
     return found
 
 
@@ -183,9 +202,9 @@ def _enter(params: Params, config: ModelConfig, tokens, mask, first: int):
 
 
 @partial(jax.jit, static_argnames=("config", "index"))
-def _keys(params: Params, config: ModelConfig, h, mask, index: int):
+def _keys(params: Params, config: ModelConfig, h, mask, at, index: int):
     _, key, _, _ = to_key(layer(params, index), config, h, Context.of_mask(mask), window_of(config, index))
-    return key[jnp.arange(len(h)), mask.sum(-1) - 1].astype(wide(key.dtype))
+    return key.reshape(-1, key.shape[-1])[at].astype(wide(key.dtype))
 
 
 @partial(jax.jit, static_argnames=("config", "start", "stop"))
